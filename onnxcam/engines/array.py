@@ -1,0 +1,328 @@
+"""The array engine: every primitive computed at once on NumPy arrays, or on any library with the same standard API.
+
+This is the reference. It is written against the Python array API standard and nothing beyond it, so that CuPy runs the
+same lines as NumPy. Two conventions carry the whole file. Axes are counted from the end, and a relevance array has one
+more axis in front, the targets: `(T, *tensor.shape)`. A primitive therefore treats whatever stands before the axes it
+works on as a batch, and every adjoint takes T targets in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from onnxcam.engines.window import Window
+from onnxcam.errors import UsageError
+
+Array = Any  # an array of the library at hand
+
+
+class ArrayOps:
+    """The primitives over one array library.
+
+    Args:
+        xp: the library's namespace (`numpy`, `cupy`, or one that follows the array API standard).
+        dtype: "float32" or "float64", the type all relevance is computed in.
+        to_host: turns an array of the library into a NumPy array.
+    """
+
+    def __init__(self, xp: Any, dtype: str = "float32", to_host: Any = np.asarray):
+        self.xp = xp
+        self.dtype = getattr(xp, dtype)
+        self.to_host = to_host
+        # Below this a sum of non-negative contributions counts as zero: its quotients would overflow.
+        self.tiny = 1e-30 if dtype == "float32" else 1e-290
+
+    # -- between the host and the library ------------------------------------------------------------------------
+
+    def asarray(self, value: np.ndarray) -> Array:
+        """A float array of the engine's type from a NumPy array of any real type."""
+        floats = np.float64 if self.dtype == getattr(self.xp, "float64", None) else np.float32
+        return self.xp.asarray(np.ascontiguousarray(np.asarray(value).astype(floats)))
+
+    def zeros(self, shape: Sequence[int]) -> Array:
+        return self.xp.zeros(tuple(shape), dtype=self.dtype)
+
+    def zeros_like(self, x: Array) -> Array:
+        return self.xp.zeros_like(x)
+
+    def ones_like(self, x: Array) -> Array:
+        return self.xp.ones_like(x)
+
+    # -- elementwise ---------------------------------------------------------------------------------------------
+
+    def where(self, condition: Array, a: Array | float, b: Array | float) -> Array:
+        return self.xp.where(condition, self._lift(a), self._lift(b))
+
+    def positive(self, x: Array) -> Array:
+        return self.where(x > 0, x, 0.0)
+
+    def negative(self, x: Array) -> Array:
+        return self.where(x < 0, x, 0.0)
+
+    def any_negative(self, x: Array) -> bool:
+        return bool(self.xp.any(x < 0))
+
+    def mask(self, condition: Array) -> Array:
+        """1 where the condition holds, else 0, as floats."""
+        return self.xp.astype(condition, self.dtype)
+
+    def abs(self, x: Array) -> Array:
+        return self.xp.abs(x)
+
+    def sign(self, x: Array) -> Array:
+        return self.xp.sign(x)
+
+    def exp(self, x: Array) -> Array:
+        return self.xp.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return self.xp.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return self.xp.sqrt(x)
+
+    def sin(self, x: Array) -> Array:
+        return self.xp.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return self.xp.cos(x)
+
+    def tanh(self, x: Array) -> Array:
+        return self.xp.tanh(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        # tanh neither overflows nor underflows, unlike exp(-x).
+        return 0.5 * (self.xp.tanh(0.5 * x) + 1.0)
+
+    def power(self, x: Array, p: Array | float) -> Array:
+        return self.xp.pow(x, self._lift(p))
+
+    # -- reductions and layout -----------------------------------------------------------------------------------
+
+    def sum(self, x: Array, axes: Sequence[int], keepdims: bool = False) -> Array:
+        return self.xp.sum(x, axis=tuple(axes), keepdims=keepdims) if axes else x
+
+    def mean(self, x: Array, axes: Sequence[int], keepdims: bool = False) -> Array:
+        return self.xp.mean(x, axis=tuple(axes), keepdims=keepdims) if axes else x
+
+    def min(self, x: Array, axes: Sequence[int]) -> Array:
+        return self.xp.min(x, axis=tuple(axes), keepdims=True)
+
+    def max(self, x: Array, axes: Sequence[int]) -> Array:
+        return self.xp.max(x, axis=tuple(axes), keepdims=True)
+
+    def reshape(self, r: Array, shape: Sequence[int]) -> Array:
+        """`r` of shape (T, ...) as (T, *shape)."""
+        return self.xp.reshape(r, (r.shape[0], *shape))
+
+    def shaped(self, x: Array, shape: Sequence[int]) -> Array:
+        """`x` reshaped whole, with no target axis set apart."""
+        return self.xp.reshape(x, tuple(shape))
+
+    def permute(self, r: Array, perm: Sequence[int]) -> Array:
+        """Permute the axes behind the first: `perm` as in ONNX Transpose, for the tensor without its target axis."""
+        return self.xp.permute_dims(r, (0, *(p + 1 for p in perm)))
+
+    def expand(self, r: Array, shape: Sequence[int]) -> Array:
+        """Broadcast `r` of shape (T, ...) to (T, *shape)."""
+        short = len(shape) - (r.ndim - 1)
+        r = self.xp.reshape(r, (r.shape[0], *(1,) * short, *r.shape[1:]))
+        return self.xp.broadcast_to(r, (r.shape[0], *shape))
+
+    def unbroadcast(self, r: Array, shape: Sequence[int]) -> Array:
+        """Adjoint of broadcasting a tensor of `shape`: sum (T, ...) over the axes that were repeated."""
+        if tuple(r.shape[1:]) == tuple(shape):
+            return r
+        extra = r.ndim - 1 - len(shape)
+        r = self.sum(r, tuple(range(1, 1 + extra)))
+        repeated = tuple(i + 1 for i, n in enumerate(shape) if n == 1 and r.shape[i + 1] != 1)
+        return self.sum(r, repeated, keepdims=True)
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+        return self.xp.concat(list(arrays), axis=axis)
+
+    def slice(self, x: Array, axis: int, start: int, stop: int, step: int = 1) -> Array:
+        return x[self._at(x, axis, slice(start, stop, step))]
+
+    def take(self, x: Array, index: np.ndarray, axis: int) -> Array:
+        """Entries `index` (1-D, non-negative, on the host) of `x` along `axis`."""
+        return self.xp.take(x, self.xp.asarray(index), axis=axis)
+
+    def scatter_add(self, r: Array, index: np.ndarray, axis: int, size: int) -> Array:
+        """Adjoint of `take`: add the entries of `r` at the places `index` of an axis of `size`.
+
+        An index below zero drops its entry. Written as a few gathers, one for each repetition of the most frequent
+        index, because gathering is what every array library has and does in the same order each time.
+        """
+        index = np.asarray(index)
+        steps = np.diff(index)
+        if index.size and index[0] >= 0 and (index.size == 1 or (steps[0] > 0 and (steps == steps[0]).all())):
+            step = int(steps[0]) if index.size > 1 else 1
+            out = self.zeros([*self._replace(r.shape, axis, size)])
+            out[self._at(out, axis, slice(int(index[0]), int(index[-1]) + 1, step))] = r
+            return out
+        padded = self.concat([r, self.zeros(self._replace(r.shape, axis, 1))], axis)
+        out = self.zeros(self._replace(r.shape, axis, size))
+        positions = np.flatnonzero(index >= 0)
+        while positions.size:
+            places, first = np.unique(index[positions], return_index=True)
+            source = np.full(size, index.size)
+            source[places] = positions[first]
+            out = out + self.take(padded, source, axis)
+            positions = np.delete(positions, first)
+        return out
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return self.xp.matmul(a, b)
+
+    def swap(self, a: Array) -> Array:
+        """The last two axes exchanged."""
+        return self.xp.permute_dims(a, (*range(a.ndim - 2), a.ndim - 1, a.ndim - 2))
+
+    def along(self, x: Array, matrix: Array, axis: int) -> Array:
+        """Apply `matrix` (out, in) along `axis` (negative) of `x`."""
+        order = list(range(x.ndim))
+        order[axis], order[-1] = order[-1], order[axis]
+        moved = self.xp.matmul(self.xp.permute_dims(x, tuple(order)), self.swap(matrix))
+        return self.xp.permute_dims(moved, tuple(order))
+
+    # -- windows -------------------------------------------------------------------------------------------------
+
+    def conv(self, x: Array, w: Array, window: Window, group: int = 1) -> Array:
+        """Convolution without bias: x (..., C, *size), w (M, C/group, *kernel) -> (..., M, *output)."""
+        lead, channels, size = self._split(x, window)
+        output = window.output(size)
+        m, per_group, cells = w.shape[0], w.shape[1], prod(window.kernel)
+        x = self.xp.reshape(x, (prod(lead), channels, *size))
+        if per_group == 1 and m == group and not window.pointwise:
+            x = self._pad(x, window)
+            weights = self.xp.reshape(w, (m, cells))
+            y = None
+            for k, tap in enumerate(window.taps(output)):
+                term = self.xp.reshape(weights[:, k], (m, *(1,) * window.rank)) * x[(..., *tap)]
+                y = term if y is None else y + term
+            return self.xp.reshape(y, (*lead, m, *output))
+        if window.pointwise:
+            columns = x
+        else:
+            x = self._pad(x, window)
+            columns = self.xp.stack([x[(..., *tap)] for tap in window.taps(output)], axis=2)
+        columns = self.xp.reshape(columns, (prod(lead), group, per_group * cells, prod(output)))
+        y = self.xp.matmul(self.xp.reshape(w, (group, m // group, per_group * cells)), columns)
+        return self.xp.reshape(y, (*lead, m, *output))
+
+    def conv_adjoint(self, r: Array, w: Array, window: Window, size: Sequence[int], group: int = 1) -> Array:
+        """Adjoint of `conv` for an input of spatial `size`: r (..., M, *output) -> (..., C, *size)."""
+        lead, m, output = self._split(r, window)
+        per_group, cells = w.shape[1], prod(window.kernel)
+        channels = per_group * group
+        if per_group == 1 and m == group:
+            weights = self.xp.reshape(w, (m, cells))
+            r = self.xp.reshape(r, (prod(lead), m, *output))
+            parts = [self.xp.reshape(weights[:, k], (m, *(1,) * window.rank)) * r for k in range(cells)]
+        else:
+            r = self.xp.reshape(r, (prod(lead), group, m // group, prod(output)))
+            columns = self.xp.matmul(self.swap(self.xp.reshape(w, (group, m // group, per_group * cells))), r)
+            if window.pointwise:
+                return self.xp.reshape(columns, (*lead, channels, *size))
+            columns = self.xp.reshape(columns, (prod(lead), channels, cells, *output))
+            parts = [columns[:, :, k, ...] for k in range(cells)]
+        x = self._overlay(parts, (prod(lead), channels), window, tuple(size), output)
+        return self.xp.reshape(x, (*lead, channels, *size))
+
+    def window_sum(self, x: Array, window: Window) -> Array:
+        """Sum over each window; padding counts as zero."""
+        output = window.output(self._split(x, window)[2])
+        x = self._pad(x, window)
+        return sum(x[(..., *tap)] for tap in window.taps(output))
+
+    def window_sum_adjoint(self, r: Array, window: Window, size: Sequence[int]) -> Array:
+        """Adjoint of `window_sum` for an input of spatial `size`."""
+        output = tuple(r.shape[-window.rank :])
+        return self._overlay([r] * prod(window.kernel), r.shape[: -window.rank], window, tuple(size), output)
+
+    def window_max_adjoint(self, r: Array, x: Array, y: Array, window: Window) -> Array:
+        """Send each entry of `r` (T, ..., *output) to the cell of its window that won: the first that equals `y`."""
+        size, output = tuple(x.shape[-window.rank :]), tuple(y.shape[-window.rank :])
+        x = self._pad(x, window, -float("inf"))
+        open_ = self.xp.ones(y.shape, dtype=self.xp.bool)
+        parts = []
+        for tap in window.taps(output):
+            won = self.xp.logical_and(open_, x[(..., *tap)] == y)
+            open_ = self.xp.logical_and(open_, self.xp.logical_not(won))
+            parts.append(self.where(won, r, 0.0))
+        return self._overlay(parts, r.shape[: -window.rank], window, size, output)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _lift(self, value: Array | float) -> Array:
+        return self.xp.asarray(value, dtype=self.dtype) if isinstance(value, int | float) else value
+
+    @staticmethod
+    def _at(x: Array, axis: int, where: slice) -> tuple[slice, ...]:
+        key = [slice(None)] * x.ndim
+        key[axis] = where
+        return tuple(key)
+
+    @staticmethod
+    def _replace(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+        out = list(shape)
+        out[axis] = size
+        return tuple(out)
+
+    @staticmethod
+    def _split(x: Array, window: Window) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+        shape, n = tuple(x.shape), window.rank
+        return shape[: -n - 1], shape[-n - 1], shape[-n:]
+
+    def _pad(self, x: Array, window: Window, value: float = 0.0) -> Array:
+        if not any(window.begin + window.end):
+            return x
+        size = tuple(x.shape[-window.rank :])
+        out = self.xp.full((*x.shape[: -window.rank], *window.padded(size)), value, dtype=x.dtype)
+        inside = tuple(slice(b, b + s) for b, s in zip(window.begin, size, strict=True))
+        out[(..., *inside)] = x
+        return out
+
+    def _overlay(
+        self,
+        parts: Sequence[Array],
+        lead: Sequence[int],
+        window: Window,
+        size: tuple[int, ...],
+        output: tuple[int, ...],
+    ) -> Array:
+        """Add each kernel cell's part where that cell read the padded input, then drop the padding."""
+        padded = self.zeros((*lead, *window.padded(size)))
+        for part, tap in zip(parts, window.taps(output), strict=True):
+            padded[(..., *tap)] = padded[(..., *tap)] + part
+        inside = tuple(slice(b, b + s) for b, s in zip(window.begin, size, strict=True))
+        return padded[(..., *inside)]
+
+
+def array_ops(engine: str = "numpy", dtype: str = "float32") -> ArrayOps:
+    """The primitives on NumPy or CuPy.
+
+    Raises:
+        UsageError: CuPy is asked for and not installed, or finds no device.
+    """
+    if engine == "numpy":
+        return ArrayOps(np, dtype)
+    if engine != "cupy":
+        raise UsageError(f"unknown array engine {engine!r}: it is one of numpy, cupy")
+    try:
+        import cupy
+        from array_api_compat import cupy as namespace
+
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise UsageError(
+            f"engine 'cupy' needs CuPy ({error}): pip install 'onnxcam[gpu]', or use --engine numpy"
+        ) from error
+    except Exception as error:  # CuPy raises its own CUDARuntimeError, which exists only where CuPy does
+        raise UsageError(f"engine 'cupy' finds no CUDA device ({error}): use --engine numpy") from error
+    return ArrayOps(namespace, dtype, cupy.asnumpy)

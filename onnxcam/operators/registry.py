@@ -1,0 +1,78 @@
+"""Where operators are registered and found: by domain, op type and opset."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onnxcam.errors import ModelError
+from onnxcam.graph import Node
+from onnxcam.operators.kinds import Operator
+
+Make = Callable[[Node], Operator]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    since: int
+    until: int | None
+    make: Make
+
+
+_ENTRIES: dict[tuple[str, str], list[_Entry]] = {}
+
+
+def operator(
+    *op_types: str, since: int = 1, until: int | None = None, domain: str = ""
+) -> Callable[[Make], Make]:
+    """Register a function from a node to its mathematics for `op_types`, opsets `since` to `until` (both included)."""
+
+    def register(make: Make) -> Make:
+        for op_type in op_types:
+            entries = _ENTRIES.setdefault((domain, op_type), [])
+            if any(e.since <= (until or e.since) and since <= (e.until or since) for e in entries):
+                raise ValueError(f"{op_type} is registered twice for one opset")
+            entries.append(_Entry(since, until, make))
+        return make
+
+    return register
+
+
+def registered() -> list[tuple[str, str, int, int | None]]:
+    """Every (domain, op type, since, until) there is an operator for."""
+    return sorted(
+        ((domain, op, e.since, e.until) for (domain, op), entries in _ENTRIES.items() for e in entries),
+        key=lambda row: row[:3],
+    )
+
+
+def _find(node: Node) -> _Entry | None:
+    for entry in _ENTRIES.get((node.domain, node.op_type), []):
+        if entry.since <= node.opset and (entry.until is None or node.opset <= entry.until):
+            return entry
+    return None
+
+
+def why_not(node: Node) -> str:
+    """One line that says which node has no operator, and the ways out."""
+    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    known = [op for domain, op in _ENTRIES if domain == node.domain]
+    near = difflib.get_close_matches(node.op_type, known, n=1, cutoff=0.8)
+    hint = f" (there is one for {near[0]})" if near and near[0] != node.op_type else ""
+    return (
+        f"node {node.name!r}: no operator for {name} at opset {node.opset}{hint}; explain a layer that lies behind it "
+        "(see `onnxcam layers`), or add the operator as docs/operators.md shows"
+    )
+
+
+def lookup(node: Node) -> Operator:
+    """The mathematics of a node.
+
+    Raises:
+        ModelError: onnxcam has no operator for it; the message names node, op, opset and the way out.
+    """
+    entry = _find(node)
+    if entry is None:
+        raise ModelError(why_not(node))
+    return entry.make(node)

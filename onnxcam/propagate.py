@@ -1,0 +1,154 @@
+"""The walk: relevance, or a gradient, from the logits back to the layers, over the node list in reverse.
+
+It knows no op. At each node the operator says what the mathematics is, the composite says which rule applies, and the
+rule says what each input gets. A tensor read by several nodes gets the sum of what they hand down; a tensor that gets
+nothing has no entry, which is not the same as zeros. One walk serves all layers asked for and all targets at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxcam.composites import Composite, describe
+from onnxcam.graph import Graph, Node
+from onnxcam.operators import lookup
+from onnxcam.operators.kinds import Array, At
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Sums of relevance over one node, for each target and image: arrays of shape (T, N)."""
+
+    node: str
+    op_type: str
+    rule: str
+    received: np.ndarray
+    handed: np.ndarray
+    magnitude: np.ndarray
+
+    @property
+    def residual(self) -> float:
+        """Largest |received - handed| relative to the sum of |received| entries, over targets and images."""
+        scale = np.maximum(self.magnitude, np.finfo(np.float32).tiny)
+        return float(np.max(np.abs(self.received - self.handed) / scale)) if self.received.size else 0.0
+
+
+@dataclass
+class Flow:
+    """What a walk found: relevance of every layer asked for, (T, *tensor.shape), and the balance of every node."""
+
+    relevance: dict[str, Array]
+    balances: list[Balance] = field(default_factory=list)
+
+
+class _Values:
+    """Values of one forward pass as arrays of the engine, converted once; what is derived from constants is shared."""
+
+    def __init__(self, graph: Graph, taps: Mapping[str, np.ndarray], ops: Any, cache: dict[tuple[str, str], Array]):
+        self.graph, self.taps, self.ops = graph, taps, ops
+        self._shared, self._own = cache, {}
+
+    def host(self, tensor: str) -> np.ndarray:
+        constant = self.graph.constants.get(tensor)
+        return self.taps[tensor] if constant is None else constant
+
+    def array(self, tensor: str) -> Array:
+        return self.derived(tensor, "", lambda x: x)
+
+    def derived(self, tensor: str, what: str, make: Callable[[Array], Array]) -> Array:
+        cache = self._shared if tensor in self.graph.constants else self._own
+        if (tensor, what) not in cache:
+            cache[tensor, what] = make(self.array(tensor)) if what else self.ops.asarray(self.host(tensor))
+        return cache[tensor, what]
+
+
+def first_linear(graph: Graph, inputs: Collection[str]) -> set[str]:
+    """Names of the linear nodes that no other linear node lies before."""
+    seen: set[str] = set()  # tensors behind a linear node
+    firsts = set()
+    for node in graph.nodes:
+        behind = any(name in seen for name in node.inputs)
+        linear = node.op_type in LINEAR_OPS and any(not node.is_constant(i) for i in range(len(node.inputs)))
+        if linear and not behind:
+            firsts.add(node.name)
+        if behind or linear:
+            seen.update(node.outputs)
+    return firsts
+
+
+LINEAR_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def needed_taps(graph: Graph, layers: Collection[str], logits: str) -> list[str]:
+    """The tensors a walk from `logits` down to `layers` reads, in topological order."""
+    wanted = {logits, *layers}
+    for node in graph.between(layers, logits):
+        wanted.update(name for name in (*node.inputs, *node.outputs) if name and name not in graph.constants)
+    order = [*graph.inputs, *(name for node in graph.nodes for name in node.outputs)]
+    return [name for name in order if name in wanted]
+
+
+def propagate(
+    graph: Graph,
+    taps: Mapping[str, np.ndarray],
+    starts: Mapping[str, np.ndarray],
+    layers: Collection[str],
+    composite: Composite,
+    ops: Any,
+    cache: dict[tuple[str, str], Array] | None = None,
+) -> Flow:
+    """Carry `starts` back to `layers`.
+
+    Args:
+        graph: the canonised graph.
+        taps: values of the tensors that `needed_taps` names.
+        starts: relevance at one or more tensors, each (T, *tensor.shape); usually at the logits.
+        layers: names of the tensors whose relevance is wanted.
+        composite: which rule applies where.
+        ops: the primitives of an engine.
+        cache: arrays made from constants of this graph, kept from walk to walk.
+
+    Returns:
+        A `Flow`; a layer that no relevance reaches has no entry.
+
+    Raises:
+        ModelError: relevance reaches a node without an operator; the message names it.
+    """
+    values = _Values(graph, taps, ops, {} if cache is None else cache)
+    held: dict[str, Array] = {name: ops.asarray(r) for name, r in starts.items()}
+    found: dict[str, Array] = {}
+    balances = []
+    firsts = first_linear(graph, graph.inputs) if composite.first is not None else set()
+
+    path: dict[str, Node] = {n.name: n for target in starts for n in graph.between(layers, target)}
+    for node in sorted(path.values(), key=lambda n: n.index, reverse=True):
+        arrived = [held.pop(name, None) for name in node.outputs]
+        here = zip(node.outputs, arrived, strict=True)
+        found.update((name, r) for name, r in here if name in layers and r is not None)
+        if all(r is None for r in arrived):
+            continue
+        operator = lookup(node)
+        rule = composite.rule_for(operator, node.op_type, node.name in firsts)
+        shares = rule(At(node, values), operator, arrived)
+        for i, share in shares:
+            name = node.inputs[i]
+            held[name] = held[name] + share if name in held else share
+        if composite.conserves:
+            balances.append(_balance(ops, node, describe(rule), arrived, [s for _, s in shares]))
+    found.update((name, r) for name, r in held.items() if name in layers)
+    return Flow(found, balances)
+
+
+def _balance(ops: Any, node: Node, rule: str, arrived: list[Array | None], shares: list[Array]) -> Balance:
+    def total(arrays: list[Array]) -> np.ndarray:
+        sums = [ops.to_host(ops.sum(a, tuple(range(2, a.ndim)))) for a in arrays]
+        return np.asarray(sum(sums), np.float64) if sums else np.zeros(())
+
+    present = [r for r in arrived if r is not None]
+    received = total(present)
+    handed = total(shares) if shares else np.zeros_like(received)
+    return Balance(node.name, node.op_type, rule, received, handed, total([ops.abs(r) for r in present]))

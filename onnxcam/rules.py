@@ -1,0 +1,298 @@
+"""LRP rules: how a linear map shares the relevance of its output among its inputs.
+
+All rules are one kernel with different terms. A term is a pair (operand x', weight W'), each the original or a part of
+it, and stands for the contributions x'_i W'_ij. The kernel adds the terms up to the denominator, divides, and carries
+the quotient back through the same terms (spec 2.0, 2.4):
+
+    z_j = sum over terms of (W' x')_j          s_j = R_j / (z_j + bias share, stabilised)
+    R_i = sum over terms of x'_i (W'^T s)_i
+
+So a rule is its list of terms and its bias policy: "ignore" leaves the bias out of the denominator, "absorb" lets the
+bias take its share by sign, as zennit does, "full" adds it whole. Relevance that a bias takes, or that a vanishing
+denominator drops, is lost on purpose and shows in the conservation check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from onnxcam.operators.kinds import Additive, Array, At, Averaging, Linear, LinearMap, Operator, Relevances, Share
+
+Bias = Literal["ignore", "absorb", "full"]
+Term = tuple[Array, Array | None]
+
+
+def quotient(ops: Any, r: Array, z: Array, eps: float) -> Array:
+    """r / z, with z pushed away from zero by `eps` in its own direction (sign(0) = +1, spec 2.2).
+
+    Without an `eps` a vanishing z drops its relevance.
+    """
+    if eps:
+        return r / (z + ops.where(z < 0, ops.zeros_like(z) - eps, eps))
+    alive = ops.abs(z) > ops.tiny
+    return ops.where(alive, r / ops.where(alive, z, 1.0), 0.0)
+
+
+def carry_back(f: LinearMap, s: Array, terms: Sequence[Term]) -> Array:
+    """Sum over terms of x' * (W'^T s)."""
+    parts = [x * f.adjoint(s, w) for x, w in terms]
+    return sum(parts[1:], parts[0])
+
+
+def forward(f: LinearMap, terms: Sequence[Term]) -> Array:
+    parts = [f.apply(x, w) for x, w in terms]
+    return sum(parts[1:], parts[0])
+
+
+def share(f: LinearMap, r: Array, terms: Sequence[Term], bias: Array | None, eps: float) -> Array:
+    """The kernel: relevance of the operand of `f`, shape (T, *x.shape)."""
+    if not terms:
+        return f.ops.zeros((r.shape[0], *f.x.shape))
+    z = forward(f, terms)
+    return carry_back(f, quotient(f.ops, r, z if bias is None else z + bias, eps), terms)
+
+
+def parts_of(f: LinearMap) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """x+, x- (None where x has no negative entry), W+ and W-.
+
+    Fixed coefficients are their own positive part; their negative part is None, and a term with it is empty.
+    """
+    ops = f.ops
+    if f.weight is None:
+        positive = negative = None
+    else:
+        positive, negative = f.part("positive", ops.positive), f.part("negative", ops.negative)
+    if ops.any_negative(f.x):
+        return ops.positive(f.x), ops.negative(f.x), positive, negative
+    return f.x, None, positive, negative
+
+
+def same_sign(f: LinearMap) -> list[Term]:
+    """The terms of the positive contributions: x+ W+ and x- W-."""
+    xp, xn, wp, wn = parts_of(f)
+    return [(xp, wp)] + ([(xn, wn)] if xn is not None and f.weight is not None else [])
+
+
+def opposite_sign(f: LinearMap) -> list[Term]:
+    """The terms of the negative contributions: x+ W- and x- W+."""
+    xp, xn, wp, wn = parts_of(f)
+    return ([(xp, wn)] if f.weight is not None else []) + ([(xn, wp)] if xn is not None else [])
+
+
+class LinearRule:
+    """A rule for linear and averaging operators: `share(f, r)` says how `f` hands down `r`."""
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        raise NotImplementedError
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        assert isinstance(operator, Linear | Averaging)
+        operand = operator.operand if isinstance(operator, Linear) else 0
+        return [(operand, self.share(operator.bind(at), rs[0]))]
+
+
+@dataclass(frozen=True)
+class Epsilon(LinearRule):
+    """R_i = x_i W^T (R / (z + b + eps sign)): LRP-epsilon, and LRP-0 where `eps` is 0 (Bach et al. 2015)."""
+
+    eps: float = 1e-9
+    bias: Bias = "full"
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        return share(f, r, [(f.x, f.weight)], None if self.bias == "ignore" else f.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class ZPlus(LinearRule):
+    """Only positive contributions share: x+ W+ + x- W- (Montavon et al. 2017; alpha 1, beta 0)."""
+
+    bias: Bias = "ignore"
+    eps: float = 0.0
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        bias = _bias_part(f, self.bias, positive=True)
+        return share(f, r, same_sign(f), bias, self.eps)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(LinearRule):
+    """alpha times the shares of the positive contributions minus beta times those of the negative ones (Bach 2015).
+
+    alpha - beta = 1. With `bias="full"` the whole bias stands in both denominators, as iNNvestigate has it.
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    bias: Bias = "absorb"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
+            raise ValueError(f"alpha-beta needs alpha - beta = 1 and both >= 0, not {self.alpha} and {self.beta}")
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        out = self.alpha * share(f, r, same_sign(f), _bias_part(f, self.bias, positive=True), self.eps)
+        negative = opposite_sign(f)
+        if self.beta and negative:
+            out = out - self.beta * share(f, r, negative, _bias_part(f, self.bias, positive=False), self.eps)
+        return out
+
+
+@dataclass(frozen=True)
+class Gamma(LinearRule):
+    """Generalised gamma: contributions of the sign of the output count 1 + gamma fold (Andeol et al. 2021; spec 2.0).
+
+    Where z + b is positive the positive contributions are favoured, where it is negative the negative ones.
+    """
+
+    gamma: float = 0.25
+    bias: Bias = "absorb"
+    eps: float = 1e-6
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        ops = f.ops
+        plain: list[Term] = [(f.x, f.weight)]
+        b = None if self.bias == "ignore" else f.bias
+        z = forward(f, plain)
+        total = z if b is None else z + b
+        out = None
+        for favoured, sign, positive in ((same_sign(f), total > 0, True), (opposite_sign(f), total < 0, False)):
+            extra = forward(f, favoured) if favoured else ops.zeros_like(z)
+            denominator = total + self.gamma * extra
+            if self.bias == "absorb" and f.bias is not None:
+                denominator = denominator + self.gamma * (ops.positive if positive else ops.negative)(f.bias)
+            s = quotient(ops, ops.where(sign, r, 0.0), denominator, self.eps)
+            part = carry_back(f, s, plain)
+            if favoured:
+                part = part + self.gamma * carry_back(f, s, favoured)
+            out = part if out is None else out + part
+        return out
+
+
+@dataclass(frozen=True)
+class WSquare(LinearRule):
+    """Shares by squared weights, whatever the input is: for unbounded inputs (Montavon et al. 2017)."""
+
+    bias: Bias = "ignore"
+    eps: float = 0.0
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        squared = None if f.weight is None else f.part("squared", lambda w: w * w)
+        bias = None if self.bias == "ignore" or f.bias is None else f.bias * f.bias
+        return share(f, r, [(f.ops.ones_like(f.x), squared)], bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Flat(LinearRule):
+    """Shares evenly among all inputs of a unit (Lapuschkin et al. 2019)."""
+
+    bias: Bias = "ignore"
+    eps: float = 0.0
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        even = None if f.weight is None else f.part("ones", f.ops.ones_like)
+        bias = None if self.bias == "ignore" or f.bias is None else f.ops.ones_like(f.bias)
+        return share(f, r, [(f.ops.ones_like(f.x), even)], bias, self.eps)
+
+
+@dataclass(frozen=True)
+class ZBox(LinearRule):
+    """For inputs known to lie between `low` and `high`: contributions x W - low W+ - high W- (Montavon et al. 2017).
+
+    `low` and `high` broadcast against the input, in the units of the input (normalised pixels). The bias cancels.
+    """
+
+    low: Any = None
+    high: Any = None
+    eps: float = 1e-6
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        ops = f.ops
+        if self.low is None or self.high is None:
+            raise ValueError("z-box needs the range of the input: low and high")
+        low, high = (ops.zeros_like(f.x) + ops.asarray(np.asarray(v)) for v in (self.low, self.high))
+        if f.weight is None:
+            return share(f, r, [(f.x - low, None)], None, self.eps)
+        wp, wn = f.part("positive", ops.positive), f.part("negative", ops.negative)
+        return share(f, r, [(f.x, f.weight), (-low, wp), (-high, wn)], None, self.eps)
+
+
+def _bias_part(f: LinearMap, policy: Bias, positive: bool) -> Array | None:
+    if policy == "ignore" or f.bias is None:
+        return None
+    if policy == "full":
+        return f.bias
+    return f.ops.positive(f.bias) if positive else f.ops.negative(f.bias)
+
+
+# -- rules for the other kinds -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vjp:
+    """The exact vector-Jacobian product: the gradient, for any kind."""
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        return operator.vjp(at, rs)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Relevance stays where it is; an operand that was broadcast gets the sum."""
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        operand = getattr(operator, "operand", 0)
+        return [(operand, at.ops.unbroadcast(rs[0], at.shape(operand)))]
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """A sum shares among its summands in proportion to their signed values, R_a = a / (a + b) R (spec 3.6).
+
+    Where the summands cancel the proportion explodes. `eps` stabilises the denominator as the epsilon rule does; with
+    `guard`, cells whose sum is smaller than `guard` times the sum of magnitudes share by magnitude instead.
+    A constant summand takes nothing.
+    """
+
+    eps: float = 0.0
+    guard: float = 0.0
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        assert isinstance(operator, Additive)
+        ops, terms = at.ops, operator.terms(at)
+        if len(terms) == 1:
+            return [(terms[0][0], ops.unbroadcast(rs[0], at.shape(terms[0][0])))]
+        arrays = [a for _, a in terms]
+        total = sum(arrays[1:], arrays[0])
+        s = quotient(ops, rs[0], total, self.eps)
+        if not self.guard:
+            return [(i, ops.unbroadcast(a * s, at.shape(i))) for i, a in terms]
+        magnitudes = [ops.abs(a) for a in arrays]
+        magnitude = sum(magnitudes[1:], magnitudes[0])
+        safe = ops.abs(total) >= self.guard * magnitude
+        s = ops.where(safe, s, 0.0)
+        by_magnitude = ops.where(safe, 0.0, quotient(ops, rs[0], magnitude, 0.0))
+        return [
+            (i, ops.unbroadcast(a * s + m * by_magnitude, at.shape(i)))
+            for (i, a), m in zip(terms, magnitudes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class SignalTakesAll:
+    """The signal of a product gets all the relevance, its gate none; two signals get half each (spec 4.4)."""
+
+    def __call__(self, at: At, operator: Any, rs: Relevances) -> list[Share]:
+        if operator.signal is not None:
+            i = operator.signal
+            return [(i, at.ops.unbroadcast(rs[0], at.shape(i)))]
+        if at.node.op_type != "Mul":
+            # A bilinear map: each operand gets half of what the epsilon rule with the other one fixed gives (AttnLRP).
+            y = at.output(0)
+            half = operator.partials(at, quotient(at.ops, 0.5 * rs[0], y, 1e-9))
+            return [(i, at.input(i) * share) for i, share in half]
+        return [(i, at.ops.unbroadcast(0.5 * rs[0], at.shape(i))) for i in (0, 1) if at.carries(i)]
