@@ -36,9 +36,16 @@ class Start:
         Returns:
             (T, N, K), float64.
         """
-        logits = np.asarray(logits, np.float64)
-        onehot = (np.arange(logits.shape[1]) == np.asarray(targets).T[..., None]).astype(np.float64)
+        logits, targets = np.asarray(logits, np.float64), np.asarray(targets)
+        if logits.shape[1] == 1:
+            # One logit speaks for two classes: for class 1 as it is, for class 0 against it (spec 5).
+            sign = np.where(targets.T[..., None] == 1, 1.0, -1.0)
+            return sign * np.abs(self.formula(np.concatenate([-logits, logits], 1)[None] / 2, _TWO)[..., 1:])
+        onehot = (np.arange(logits.shape[1]) == targets.T[..., None]).astype(np.float64)
         return self.formula(logits[None], onehot)
+
+
+_TWO = np.array([[[0.0, 1.0]]])  # one-hot of class 1 of two
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

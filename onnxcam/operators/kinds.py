@@ -100,7 +100,7 @@ class Linear:
     """A linear map of one operand with a weight: Conv, Gemm, MatMul by a constant, ConvTranspose.
 
     `apply(at, x, w)` and `adjoint(at, r, w)` are the bias-free map and its adjoint; `bias(at)` broadcasts against the
-    output.
+    output. `scale` multiplies the weight before any rule sees it, as signs and squares of the weight depend on it.
     """
 
     kind: ClassVar[str] = "linear"
@@ -109,6 +109,10 @@ class Linear:
     operand: int = 0
     weight: int = 1
     bias: Callable[[At], Array | None] = lambda at: None
+    scale: float = 1.0
+
+    def _scaled(self, w: Array) -> Array:
+        return w if self.scale == 1 else w * self.scale
 
     def bind(self, at: At) -> LinearMap:
         name = at.node.inputs[self.weight]
@@ -119,29 +123,37 @@ class Linear:
         return LinearMap(
             ops=at.ops,
             x=at.input(self.operand),
-            weight=at.input(self.weight),
+            weight=at.values.derived(name, f"times {self.scale}", self._scaled),
             bias=bias,
             apply=lambda x, w: self.apply(at, x, w),
             adjoint=lambda r, w: self.adjoint(at, r, w),
-            part=lambda what, make: at.values.derived(name, what, make),
+            part=lambda what, make: at.values.derived(
+                name, f"{what}, times {self.scale}", lambda w: make(self._scaled(w))
+            ),
         )
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
-        return [(self.operand, self.adjoint(at, rs[0], at.input(self.weight)))]
+        return [(self.operand, self.adjoint(at, rs[0], self._scaled(at.input(self.weight))))]
 
 
 @dataclass(frozen=True)
 class Averaging:
-    """A linear map with fixed coefficients that are not negative: pooling, means and sums over axes, interpolation."""
+    """A linear map with fixed coefficients that are not negative: pooling, means and sums over axes, interpolation.
+
+    Norms and their like share as a sum does, of something else than the input: `amount(at)` says of what, |x|^p say, and
+    `gradient(at, r)` is then the exact vector-Jacobian product, which otherwise is the adjoint.
+    """
 
     kind: ClassVar[str] = "averaging"
     apply: Callable[[At, Array], Array]
     adjoint: Callable[[At, Array], Array]
+    amount: Callable[[At], Array] = lambda at: at.input(0)
+    gradient: Callable[[At, Array], Array] | None = None
 
     def bind(self, at: At) -> LinearMap:
         return LinearMap(
             ops=at.ops,
-            x=at.input(0),
+            x=self.amount(at),
             weight=None,
             bias=None,
             apply=lambda x, w: self.apply(at, x),
@@ -150,7 +162,7 @@ class Averaging:
         )
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
-        return [(0, self.adjoint(at, rs[0]))]
+        return [(0, (self.gradient or self.adjoint)(at, rs[0]))]
 
 
 @dataclass(frozen=True)

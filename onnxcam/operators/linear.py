@@ -68,12 +68,12 @@ def gemm(node: Node) -> Operator:
 
     def apply(at: At, x: Array, w: Array) -> Array:
         a, b = (w, x) if left else (x, w)
-        return alpha * at.ops.matmul(turned(at, a, 0), turned(at, b, 1))
+        return at.ops.matmul(turned(at, a, 0), turned(at, b, 1))
 
     def adjoint(at: At, r: Array, w: Array) -> Array:
         if left:
-            return alpha * turned(at, at.ops.matmul(at.ops.swap(turned(at, w, 0)), r), 1)
-        return alpha * turned(at, at.ops.matmul(r, at.ops.swap(turned(at, w, 1))), 0)
+            return turned(at, at.ops.matmul(at.ops.swap(turned(at, w, 0)), r), 1)
+        return turned(at, at.ops.matmul(r, at.ops.swap(turned(at, w, 1))), 0)
 
     return Linear(
         apply,
@@ -81,6 +81,7 @@ def gemm(node: Node) -> Operator:
         operand=1 if left else 0,
         weight=0 if left else 1,
         bias=lambda at: beta * at.input(2) if at.node.has(2) else None,
+        scale=alpha,
     )
 
 

@@ -1,0 +1,122 @@
+"""Can this model be explained? For every node from the logits to the input: the operator and rule, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from onnxcam.composites import composite as find_composite, describe
+from onnxcam.errors import ModelError
+from onnxcam.graph import Graph, Node
+from onnxcam.operators import lookup
+from onnxcam.operators.kinds import Operator, Product
+from onnxcam.propagate import LINEAR_OPS, first_linear
+from onnxcam.rules import Vjp
+from onnxcam.signs import nonnegative_tensors
+
+if TYPE_CHECKING:
+    from onnxcam.model import Model
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node on the way: its kind and rule, or the reason why it cannot be passed.
+
+    `macs` counts multiply-adds of its forward pass for one image, `walk_macs` those of the walk over it.
+    """
+
+    node: str
+    op_type: str
+    kind: str | None
+    rule: str | None
+    reason: str | None = None
+    macs: int = 0
+    walk_macs: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `onnxcam check` finds, rows from the logits to the input."""
+
+    logits: str
+    composite: str
+    rows: list[Row]
+
+    @property
+    def problems(self) -> list[Row]:
+        return [row for row in self.rows if row.reason is not None]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass."""
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def walk_macs(self) -> int:
+        """Multiply-adds of the walk from the logits to the input, for one target."""
+        return sum(row.walk_macs for row in self.rows)
+
+
+def check(model: Model, composite: str = "relevance_cam") -> Check:
+    """Follow relevance from the logits to the input without computing any.
+
+    Raises:
+        UsageError: no such composite.
+    """
+    rules = find_composite(composite)
+    found = model.canonical(fold_batchnorm=rules.fold_batchnorm)
+    graph = found.graph
+    firsts = first_linear(graph, graph.inputs)
+    nonnegative = nonnegative_tensors(graph)
+    reached = {found.logits}
+    rows = []
+    for node in reversed(graph.between(graph.inputs, found.logits)):
+        if not any(name in reached for name in node.outputs):
+            continue
+        macs = _macs(graph, node)
+        try:
+            operator = lookup(node)
+        except ModelError as error:
+            rows.append(Row(node.name, node.op_type, None, None, str(error), macs))
+            continue
+        rule = rules.rule_for(operator, node.op_type, node.name in firsts)
+        signs = 1 if node.inputs[0] in nonnegative or isinstance(rule, Vjp) else 2
+        walk = macs * (signs if isinstance(rule, Vjp) else 2 * signs)
+        rows.append(Row(node.name, node.op_type, operator.kind, describe(rule), None, macs, walk))
+        reached.update(_receivers(graph, node, operator, isinstance(rule, Vjp)))
+    return Check(found.logits, rules.name, rows)
+
+
+def _receivers(graph: Graph, node: Node, operator: Operator, gradient: bool) -> Iterator[str]:
+    """The inputs of `node` that relevance goes on to."""
+    if operator.kind == "statistic":
+        return
+    operand = getattr(operator, "operand", None)
+    if isinstance(operator, Product) and not gradient:
+        operand = operator.signal
+    for i, name in enumerate(node.inputs):
+        dtype = graph.dtype(name) if name else None
+        if name and not node.is_constant(i) and operand in (None, i) and (dtype is None or dtype.kind == "f"):
+            yield name
+
+
+def _macs(graph: Graph, node: Node) -> int:
+    """Multiply-adds of a linear node for one image; symbolic axes count as 1."""
+    if node.op_type not in LINEAR_OPS:
+        return 0
+    output, weight = node.output_shape(), node.shape(1)
+    if output is None or weight is None:
+        return 0
+
+    def cells(shape: tuple[int | str | None, ...]) -> int:
+        return prod(n for n in shape if isinstance(n, int))
+
+    if node.op_type == "Conv":
+        return cells(output) * cells(weight[1:])
+    if node.op_type == "ConvTranspose":
+        return cells(node.shape(0) or ()) * cells(weight[1:])
+    inner = node.shape(0)
+    k = inner[-1] if inner and not node.attr("transA", 0) else (inner or (1, 1))[-2]
+    return cells(output) * (k if isinstance(k, int) else 1)

@@ -1,0 +1,280 @@
+"""The result of explaining: raw maps, what they are maps of, and the check they carry along."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from onnxcam.files import safe_name, writable_folder, write_atomically
+from onnxcam.layers import Layer
+
+if TYPE_CHECKING:
+    from onnxcam.engines.array import ArrayOps
+    from onnxcam.model import Model
+    from onnxcam.propagate import Flow
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was explained: its name (a path, where it came from a file) and what the model saw of it."""
+
+    name: str
+    view: Image.Image | None
+
+
+@dataclass(frozen=True)
+class NodeBalance:
+    """Relevance that came to a node and that it handed on, one number for each image and target: (images, T)."""
+
+    node: str
+    op_type: str
+    rule: str
+    received: np.ndarray
+    handed: np.ndarray
+    magnitude: np.ndarray
+
+    @property
+    def dropped(self) -> np.ndarray:
+        return self.received - self.handed
+
+
+@dataclass(frozen=True)
+class Conservation:
+    """The check that a result carries: is relevance conserved, and if not, where was it dropped?
+
+    Attributes:
+        start: sum of the relevance the walk began with, (images, T); `start_magnitude` sums its absolute values.
+        at_layers: sum of the relevance at each layer, (images, T).
+        nodes: the balance of every node on the way; empty for the gradient, which conserves nothing.
+    """
+
+    start: np.ndarray
+    start_magnitude: np.ndarray
+    at_layers: dict[str, np.ndarray]
+    nodes: list[NodeBalance] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, flow: Flow, start: np.ndarray, at_layers: dict[str, Any], ops: ArrayOps, count: int) -> Conservation:
+        """From one walk; `count` images of the batch count."""
+
+        def rows(sums: np.ndarray) -> np.ndarray:
+            return np.asarray(sums, np.float64).T[:count]
+
+        axes = tuple(range(2, start.ndim))
+        return cls(
+            rows(start.sum(axes)),
+            rows(np.abs(start).sum(axes)),
+            {name: rows(ops.to_host(ops.sum(r, tuple(range(2, r.ndim))))) for name, r in at_layers.items()},
+            [
+                NodeBalance(b.node, b.op_type, b.rule, rows(b.received), rows(b.handed), rows(b.magnitude))
+                for b in flow.balances
+            ],
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[Conservation]) -> Conservation:
+        def joined(arrays: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(arrays)
+
+        return cls(
+            joined([p.start for p in parts]),
+            joined([p.start_magnitude for p in parts]),
+            {name: joined([p.at_layers[name] for p in parts]) for name in parts[0].at_layers},
+            [
+                NodeBalance(
+                    same[0].node,
+                    same[0].op_type,
+                    same[0].rule,
+                    joined([b.received for b in same]),
+                    joined([b.handed for b in same]),
+                    joined([b.magnitude for b in same]),
+                )
+                for same in zip(*(p.nodes for p in parts), strict=True)
+            ],
+        )
+
+    @property
+    def residual(self) -> float | None:
+        """Largest imbalance of any node relative to the relevance that came to it, in absolute values; None where no
+        balance was kept."""
+        if not self.nodes:
+            return None
+        tiny = np.finfo(np.float32).tiny
+        return float(max(np.max(np.abs(n.dropped) / np.maximum(n.magnitude, tiny)) for n in self.nodes))
+
+    def dropped(self) -> list[tuple[NodeBalance, float]]:
+        """The nodes with the share of the start's magnitude that each dropped, mean over images and targets; the
+        largest first."""
+        rows = [(n, float(np.mean(np.abs(n.dropped) / self.start_magnitude))) for n in self.nodes]
+        return sorted(rows, key=lambda row: -row[1])
+
+    def to_json(self, worst: int = 10) -> dict[str, Any]:
+        return {
+            "start_sum": self.start.tolist(),
+            "start_magnitude": self.start_magnitude.tolist(),
+            "layer_sums": {name: sums.tolist() for name, sums in self.at_layers.items()},
+            "largest_node_residual": self.residual,
+            "dropped_share_of_start": [
+                {"node": n.node, "op": n.op_type, "rule": n.rule, "share": share}
+                for n, share in self.dropped()[:worst]
+                if share > 0
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps of several images, targets and layers.
+
+    Attributes:
+        maps: layer name to raw map, (images, targets, *spatial) float32, at the layer's own resolution.
+        targets: class numbers, (images, targets).
+        logits: (images, classes). probabilities: the same after softmax, or the sigmoid that the file ends in.
+        layers: layer name to what it is.
+        pictures: names, and what the model saw.
+        conservation: the check.
+        options: method, composite, start, engine and the like, as used.
+        warnings: sentences that a user should read.
+    """
+
+    model: Model
+    pictures: list[Picture]
+    layers: dict[str, Layer]
+    maps: dict[str, np.ndarray]
+    targets: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    conservation: Conservation
+    options: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def label(self, image: int, target: int) -> str:
+        return self.model.labels.name(int(self.targets[image, target]))
+
+    def probability(self, image: int, target: int) -> float:
+        """Of the target's class; where a single logit speaks for two classes, of the one that is meant."""
+        row, c = self.probabilities[image], int(self.targets[image, target])
+        return float(row[c]) if len(row) > 1 else float(row[0] if c else 1 - row[0])
+
+    def logit(self, image: int, target: int) -> float:
+        row, c = self.logits[image], int(self.targets[image, target])
+        return float(row[c]) if len(row) > 1 else float(row[0] if c else -row[0])
+
+    def overlay(self, layer: str | None = None, image: int = 0, target: int = 0, **options: Any) -> Image.Image:
+        """One map drawn over what the model saw, with a colour bar and a caption; options as `render.overlay`.
+
+        Raises:
+            ValueError: the input was an array, or the map is not two-dimensional: there is nothing to draw on.
+        """
+        from onnxcam.render.overlay import overlay
+
+        name = layer if layer is not None else next(iter(self.maps))
+        heat, view = self.maps[name][image, target], self.pictures[image].view
+        if view is None or heat.ndim != 2:
+            raise ValueError("there is no picture to draw the map on: the input was an array, or the map is no image")
+        return overlay(view, heat, caption=self.caption(name, image, target), **options)
+
+    def caption(self, layer: str, image: int, target: int) -> list[str]:
+        where = self.layers[layer]
+        size = "x".join(map(str, self.maps[layer].shape[2:]))
+        method = self.options["method"]
+        extra = [self.options[k] for k in ("composite", "start")]
+        return [
+            f"{self.label(image, target)}  {self.probability(image, target):.1%}",
+            f"layer {where.node} ({size})  {method}, {', '.join(extra)}",
+        ]
+
+    def save(self, out: str | Path, overlays: bool = True) -> list[Path]:
+        """Write `OUT/<image>/class-<c>-layer-<name>.npy` and `-overlay.png`, and `OUT/manifest.json` last.
+
+        Returns:
+            The files written. Each appears whole or not at all.
+
+        Raises:
+            UsageError: the folder cannot be written to.
+        """
+        folder = writable_folder(out)
+        written: list[Path] = []
+        entries = []
+        for i, (picture, directory) in enumerate(zip(self.pictures, self.folders(), strict=True)):
+            place = writable_folder(folder / directory)
+            targets = []
+            for t in range(self.targets.shape[1]):
+                files = {}
+                for name in self.maps:
+                    stem = f"class-{self.targets[i, t]}-layer-{safe_name(self.layers[name].node)}"
+                    heat = self.maps[name][i, t]
+                    written.append(write_atomically(place / f"{stem}.npy", lambda s, a=heat: np.save(s, a)))  # type: ignore[misc]
+                    files[name] = {
+                        "npy": f"{directory}/{stem}.npy",
+                        "shape": list(heat.shape),
+                        "min": float(heat.min()),
+                        "max": float(heat.max()),
+                    }
+                    if overlays and picture.view is not None and heat.ndim == 2:
+                        drawn = self.overlay(name, i, t)
+                        png = place / f"{stem}-overlay.png"
+                        written.append(write_atomically(png, lambda s, p=drawn: p.save(s, "PNG")))  # type: ignore[misc]
+                        files[name]["overlay"] = f"{directory}/{png.name}"
+                targets.append(
+                    {
+                        "class": int(self.targets[i, t]),
+                        "label": self.label(i, t),
+                        "logit": self.logit(i, t),
+                        "probability": self.probability(i, t),
+                        "maps": files,
+                    }
+                )
+            entries.append({"name": picture.name, "folder": directory, "targets": targets})
+        manifest = self.manifest() | {"images": entries}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        written.append(write_atomically(folder / "manifest.json", lambda s: s.write(text.encode() + b"\n")))
+        return written
+
+    def folders(self) -> list[str]:
+        """A folder name for each picture: its stem, numbered where two pictures share one."""
+        names: list[str] = []
+        for picture in self.pictures:
+            stem = safe_name(Path(picture.name).stem)
+            name, k = stem, 2
+            while name in names:
+                name, k = f"{stem}-{k}", k + 1
+            names.append(name)
+        return names
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything about the result but the maps, ready for JSON."""
+        import onnx
+
+        import onnxcam
+
+        versions = {"onnxcam": onnxcam.__version__, "numpy": np.__version__, "onnx": onnx.__version__}
+        versions["python"] = platform.python_version()
+        try:
+            import onnxruntime
+
+            versions["onnxruntime"] = onnxruntime.__version__
+        except ImportError:
+            pass
+        model = self.model
+        drawn = self.pictures[0].view is not None
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": {"name": model.name, "sha256": model.sha256, "input": model.spec.name, "output": model.output},
+            "preprocess": json.loads(model.preprocess.to_json()) if drawn else None,
+            "preprocess_source": model.preprocess_source if drawn else None,
+            "options": self.options,
+            "versions": versions,
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "conservation": self.conservation.to_json(),
+            "warnings": self.warnings,
+        }

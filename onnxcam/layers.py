@@ -1,0 +1,333 @@
+"""Layers: the places a user can explain, their names, and what a typed name means.
+
+A layer is a node with the BatchNormalization and the activation that follow it; its tensor is what the activation puts
+out. `list_layers` lists those with a map, in the order of the graph; `resolve` turns what was typed (a node, a tensor,
+`OpType_N`, a module path, a glob, an index, `auto`, `suggested`, `all`) into layers. Names are those of the user's file;
+a tensor that canonising would fold away is kept when it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from onnxcam.errors import UsageError
+from onnxcam.graph import Graph, Node, Shape
+from onnxcam.signs import nonnegative_tensors
+
+ACTIVATIONS = set(
+    "Relu LeakyRelu PRelu Elu Selu Celu Softplus Softsign Sigmoid HardSigmoid HardSwish Swish Mish Gelu Tanh Clip "
+    "ThresholdedRelu Shrink".split()
+)
+_SQUASHERS = {"Sigmoid", "HardSigmoid", "Tanh", "Clip"}
+# Ops that make no layer of their own: they only rearrange, or work on statistics.
+_NO_LAYER = set(
+    "Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Gather Identity Dropout Cast Expand Tile Pad Shape "
+    "Constant ConstantOfShape Range Where".split()
+)
+KEYWORDS = ("auto", "suggested", "all")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place that can be explained.
+
+    Attributes:
+        index: its position in the listing; None for a tensor that is not listed.
+        node: the node it is named after, as in the user's file.
+        op: that node's op type.
+        tensor: the tensor whose channels are weighted.
+        shape: the tensor's shape, (N, C, *spatial).
+        stage: 1 for the finest resolution, counting up as the maps get coarser.
+        sign: "nonnegative"; "mostly positive" behind an activation such as SiLU; "signed" where about half is negative.
+        suggested: the best place at its resolution.
+        bottleneck: everything the model sees on its way to the logits passes through this one tensor.
+        path: the module path, where the file records one.
+    """
+
+    index: int | None
+    node: str
+    op: str
+    tensor: str
+    shape: Shape
+    stage: int
+    sign: str
+    suggested: bool = False
+    bottleneck: bool = False
+    path: str = ""
+
+    @property
+    def spatial(self) -> Shape:
+        return self.shape[2:]
+
+
+def activation_output(graph: Graph, tensor: str, protected: Iterable[str] = ()) -> str:
+    """The tensor at the end of the BatchNormalization and activation that follow `tensor`; itself where none does."""
+    normalised = activated = False
+    while tensor not in graph.outputs:
+        readers = graph.consumers(tensor)
+        if len(readers) == 1 and readers[0].op_type == "BatchNormalization" and not (normalised or activated):
+            normalised, tensor = True, readers[0].outputs[0]
+        elif len(readers) == 1 and readers[0].op_type in ACTIVATIONS and not activated:
+            activated, tensor = True, readers[0].outputs[0]
+        elif not activated and (product := _self_gated(readers, tensor)):
+            activated, tensor = True, product
+        else:
+            break
+    return tensor
+
+
+def _self_gated(readers: Sequence[Node], tensor: str) -> str | None:
+    """The output of x * squash(x), SiLU say, written as two nodes that both read `tensor`."""
+    products = [n for n in readers if n.op_type == "Mul"]
+    gates = [n for n in readers if n.op_type in _SQUASHERS]
+    if len(readers) == 2 and len(products) == len(gates) == 1 and gates[0].outputs[0] in products[0].inputs:
+        return products[0].outputs[0]
+    return None
+
+
+def list_layers(graph: Graph, logits: str, paths: Mapping[str, str] | None = None) -> list[Layer]:
+    """The layers between the graph's inputs and `logits` whose tensor has a map, in topological order.
+
+    Args:
+        graph: a canonised graph.
+        logits: the tensor that explanations start at.
+        paths: node name to module path, where the file records them.
+    """
+    rank = _input_rank(graph)
+    on_path = [node for node in graph.between(graph.inputs, logits) if _holds_data(graph, node)]
+    below = {name for node in on_path for name in node.inputs}
+    nonnegative = nonnegative_tensors(graph)
+    bottlenecks = _bottlenecks(graph, on_path)
+    rows: list[Layer] = []
+    seen: set[str] = set()
+    for node in on_path:
+        tensor = node.outputs[0]
+        if node.op_type in _NO_LAYER or tensor in seen or tensor not in below:
+            continue
+        last = activation_output(graph, tensor)
+        if _is_gate(graph, tensor) or last in seen or last not in below:
+            continue
+        seen.update(_chain(graph, tensor, last))
+        shape = graph.shape(last)
+        if not _has_map(graph, last, shape, rank):
+            continue
+        assert shape is not None
+        sign = "nonnegative" if last in nonnegative else "mostly positive" if _activated(graph, last) else "signed"
+        path = (paths or {}).get(node.name, "")
+        rows.append(
+            Layer(len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path)
+        )
+    return _suggest(_stages(rows))
+
+
+def _holds_data(graph: Graph, node: Node) -> bool:
+    """False for nodes that compute shapes, indices or conditions."""
+    dtype = graph.dtype(node.outputs[0])
+    return dtype is None or dtype.kind == "f"
+
+
+def _input_rank(graph: Graph) -> int:
+    ranks = [len(shape) for name in graph.inputs if (shape := graph.shape(name)) is not None]
+    return max(ranks, default=4)
+
+
+def _has_map(graph: Graph, tensor: str, shape: Shape | None, rank: int) -> bool:
+    dtype = graph.dtype(tensor)
+    if shape is None or len(shape) != rank or rank < 3 or (dtype is not None and dtype.kind != "f"):
+        return False
+    spatial = shape[2:]
+    return all(isinstance(n, int) for n in spatial) and prod(n for n in spatial if isinstance(n, int)) > 1
+
+
+def _is_gate(graph: Graph, tensor: str) -> bool:
+    """True for the squashed half of x * squash(x): a weight, not something seen."""
+    node = graph.producer(tensor)
+    if node is None or node.op_type not in _SQUASHERS:
+        return False
+    return any(
+        reader.op_type == "Mul" and set(reader.inputs) == {node.inputs[0], tensor} for reader in graph.consumers(tensor)
+    )
+
+
+def _chain(graph: Graph, first: str, last: str) -> set[str]:
+    """The tensors from `first` to `last`, both included."""
+    return {first, last} | {n.outputs[0] for n in graph.between([first], last)}
+
+
+def _activated(graph: Graph, tensor: str) -> bool:
+    node = graph.producer(tensor)
+    if node is None:
+        return False
+    if node.op_type == "Mul":
+        return any(_is_gate(graph, name) for name in node.inputs)
+    return node.op_type in ACTIVATIONS
+
+
+def _bottlenecks(graph: Graph, on_path: Sequence[Node]) -> set[str]:
+    """The tensors that every way from the inputs to the logits passes through.
+
+    A tensor is one if, when it has just been made, no other tensor on the path still waits for a reader. That holds in
+    any topological order.
+    """
+    found = set()
+    inside = {name for node in on_path for name in node.outputs} | set(graph.inputs)
+    readers: dict[str, int] = defaultdict(int)
+    for node in on_path:
+        for name in set(node.inputs) & inside:
+            readers[name] += 1
+    waiting: dict[str, int] = {name: readers[name] for name in graph.inputs if readers[name]}
+    for node in on_path:
+        for name in set(node.inputs) & inside:
+            waiting[name] -= 1
+            if not waiting[name]:
+                del waiting[name]
+        waiting.update((name, readers[name]) for name in node.outputs if readers[name])
+        if len(waiting) == 1:
+            found.update(waiting)
+    return found
+
+
+def _stages(rows: Sequence[Layer]) -> list[Layer]:
+    sizes = sorted({prod(r.spatial) for r in rows}, reverse=True)
+    return [replace(r, stage=sizes.index(prod(r.spatial)) + 1) for r in rows]
+
+
+def _suggest(rows: list[Layer]) -> list[Layer]:
+    """Mark, per resolution, the last layer that cannot be negative; through which all evidence passes, if there is one.
+
+    Where every layer of a resolution can be negative, the last one behind an activation is next best, then the last.
+    """
+    by_stage: dict[int, list[Layer]] = defaultdict(list)
+    for row in rows:
+        by_stage[row.stage].append(row)
+    chosen = set()
+    for members in by_stage.values():
+        order = ("nonnegative", "mostly positive", "signed")
+        best = max(members, key=lambda r: (-order.index(r.sign), r.bottleneck, r.index))
+        chosen.add(best.index)
+    return [replace(r, suggested=r.index in chosen) for r in rows]
+
+
+def better_neighbour(layer: Layer, rows: Sequence[Layer]) -> Layer | None:
+    """The nearest layer of the same resolution that cannot be negative; None where there is none."""
+    near = [r for r in rows if r.spatial == layer.spatial and r.sign == "nonnegative"]
+    if not near:
+        near = [r for r in rows if r.spatial == layer.spatial and r.sign == "mostly positive"]
+    position = layer.index if layer.index is not None else 0
+    return min(near, key=lambda r: (abs((r.index or 0) - position), not r.bottleneck), default=None)
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+class Names:
+    """What names mean in the user's file: `raw` is that file as a graph, before canonising, with every node named."""
+
+    def __init__(self, raw: Graph, paths: Mapping[str, str]):
+        self.raw, self.paths = raw, paths
+        self.nodes: dict[str, Node] = {node.name: node for node in raw.nodes}
+        self.tensors: set[str] = {name for node in raw.nodes for name in node.outputs if name} | set(raw.inputs)
+        self._of_type: dict[str, list[Node]] = defaultdict(list)
+        for node in raw.nodes:
+            self._of_type[node.op_type].append(node)
+
+    def node(self, text: str) -> Node | None:
+        """The node of that name, or the N-th of its type for `OpType_N`."""
+        if text in self.nodes:
+            return self.nodes[text]
+        match = re.fullmatch(r"(\w+?)_(\d+)", text)
+        if match and text not in self.tensors:
+            same = self._of_type.get(match[1], [])
+            if int(match[2]) < len(same):
+                return same[int(match[2])]
+        return None
+
+    def last_in_module(self, text: str) -> Node | None:
+        """The last node inside the module of that path."""
+        wanted = text.strip("/").replace("/", ".")
+        inside = [
+            node
+            for node in self.raw.nodes
+            if (path := self.paths.get(node.name)) and (path == wanted or path.startswith(wanted + "."))
+        ]
+        return inside[-1] if inside else None
+
+    def nearest(self, text: str, n: int = 3) -> list[str]:
+        """The names most like `text`, case ignored."""
+        pool = {name.lower(): name for name in (*self.nodes, *self.tensors, *self.paths.values()) if name}
+        found = difflib.get_close_matches(text.lower(), pool, n=n, cutoff=0.5)
+        if len(found) < n:
+            found += [low for low in pool if text.lower() in low and low not in found][: n - len(found)]
+        return [pool[low] for low in found]
+
+
+def module_paths(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
+    """Node name to module path, as far as the file records it.
+
+    PyTorch's dynamo exporter writes scopes into the node's metadata, its TorchScript exporter into the node's name
+    (`/layer4/layer4.1/conv2/Conv`).
+
+    Args:
+        nodes: (name, metadata_props) of each node.
+    """
+    paths = {}
+    for name, metadata in nodes:
+        scopes = metadata.get("pkg.torch.onnx.name_scopes")
+        if scopes:
+            parts = re.findall(r"'([^']*)'", scopes)
+            paths[name] = parts[-2] if len(parts) > 1 else ""
+        elif name.startswith("/"):
+            parts = name.strip("/").split("/")[:-1]
+            paths[name] = _joined(parts)
+    return {name: path for name, path in paths.items() if path}
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """`layer4`, `layer4.1`, `conv2` as `layer4.1.conv2`: a part that repeats its parent's name replaces it."""
+    path = ""
+    for part in parts:
+        path = part if path and part.startswith(path + ".") else f"{path}.{part}" if path else part
+    return path
+
+
+def resolve(text: str | int, names: Names, rows: Sequence[Layer]) -> list[str] | list[Layer]:
+    """What a typed layer means: layers of the listing, or the tensors of the file that it names.
+
+    Raises:
+        UsageError: nothing is called that; the message offers the nearest names.
+    """
+    text = str(text).strip()
+    suggested = [r for r in rows if r.suggested]
+    if text in KEYWORDS:
+        wanted = {"auto": suggested[-1:], "suggested": suggested, "all": list(rows)}[text]
+        if not wanted:
+            raise UsageError("this model has no layer with a map: no tensor on the way to the logits has a spatial extent")
+        return wanted
+    if re.fullmatch(r"-\d+", text):
+        if int(text) < -len(suggested):
+            raise UsageError(f"layer {text}: there are {len(suggested)} suggested layers; see `onnxcam layers`")
+        return [suggested[int(text)]]
+    if (node := names.node(text)) is not None:
+        return [activation_output(names.raw, node.outputs[0])]
+    if text in names.tensors:
+        return [text]
+    if re.fullmatch(r"\d+", text):
+        if int(text) >= len(rows):
+            raise UsageError(f"layer {text}: the listing ends at {len(rows) - 1}; see `onnxcam layers`")
+        return [rows[int(text)]]
+    if (last := names.last_in_module(text)) is not None:
+        return [activation_output(names.raw, last.outputs[0])]
+    if any(c in text for c in "*?["):
+        found = [r for r in rows if any(fnmatch.fnmatchcase(s, text) for s in (r.node, r.tensor, r.path) if s)]
+        if found:
+            return found
+        raise UsageError(f"no layer matches {text!r}; see `onnxcam layers`")
+    near = names.nearest(text)
+    hint = f"the nearest names are {', '.join(near)}" if near else "none is like it"
+    raise UsageError(f"no layer is called {text!r}: {hint}; see `onnxcam layers`")

@@ -1,0 +1,12 @@
+"""LRP: the relevance of a layer itself, its channels summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Array = Any
+
+
+def combine(ops: Any, activation: Array, relevance: Array) -> Array:
+    """sum over channels of R_k: (T, N, C, *spatial) -> (T, N, *spatial)."""
+    return ops.sum(relevance, (1 - activation.ndim,))
