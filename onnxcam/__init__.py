@@ -1,9 +1,9 @@
 """onnxcam: explain deployed ONNX image models on the ONNX graph itself, with no training framework.
 
-    model = onnxcam.load("model.onnx", preprocess="imagenet")
-    e = model.explain("cat.jpg", layers=["Conv_42"], targets=[282])
-    e.maps["Conv_42"]      # (images, targets, h, w) float32
-    e.save("out/")
+model = onnxcam.load("model.onnx", preprocess="imagenet")
+e = model.explain("cat.jpg", layers=["Conv_42"], targets=[282])
+e.maps["Conv_42"]      # (images, targets, h, w) float32
+e.save("out/")
 """
 
 from onnxcam.composites import COMPOSITES, Composite

@@ -1,4 +1,4 @@
-"""Can this model be explained? For every node from the logits to the input: the operator and rule, or why there is none."""
+"""Can this model be explained? For every node from the logits to the input: operator and rule, or why there is none."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ class Composite:
 
     def with_box(self, low: np.ndarray, high: np.ndarray) -> Composite:
         """The same composite with the range of the input filled in where it has a z-box rule without one."""
-        return replace(self, first=replace(self.first, low=low, high=high)) if self.needs_box else self
+        if not isinstance(self.first, ZBox) or not self.needs_box:
+            return self
+        return replace(self, first=replace(self.first, low=low, high=high))
 
     def __str__(self) -> str:
         rows = [*self.rules.items(), *self.by_op.items(), *([("first linear", self.first)] if self.first else [])]
@@ -66,7 +68,7 @@ class Composite:
 
 def _lrp(linear: Rule, averaging: Rule, additive: Rule, **others: Rule) -> dict[str, Rule]:
     """The table of an LRP composite: what all of them agree on, and the three kinds they differ in."""
-    return {
+    table: dict[str, Rule] = {
         "linear": linear,
         "averaging": averaging,
         "additive": additive,
@@ -76,7 +78,8 @@ def _lrp(linear: Rule, averaging: Rule, additive: Rule, **others: Rule) -> dict[
         "normalisation": Pass(),
         "softmax": Pass(),
         "statistic": Vjp(),
-    } | others
+    }
+    return table | others
 
 
 ZENNIT_EPS = 1e-6  # zennit's default stabiliser
@@ -108,7 +111,7 @@ COMPOSITES: dict[str, Composite] = {
             _lrp(Gamma(0.25, "absorb", ZENNIT_EPS), _NORM, Proportional(ZENNIT_EPS)),
             by_op={"Gemm": Epsilon(ZENNIT_EPS), "MatMul": Epsilon(ZENNIT_EPS)},
             first=ZBox(eps=ZENNIT_EPS),
-            about="epsilon for dense layers, gamma 0.25 for convolutions, z-box at the input (zennit's EpsilonGammaBox)",
+            about="epsilon for dense layers, gamma 0.25 for convolutions, z-box first (zennit's EpsilonGammaBox)",
         ),
         Composite(
             "epsilon_alpha2_beta1",

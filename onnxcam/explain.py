@@ -15,14 +15,15 @@ from onnxcam.engines.array import ArrayOps, array_ops
 from onnxcam.engines.session import ReferenceSession, RuntimeSession
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
+from onnxcam.input_spec import static
 from onnxcam.layers import Layer, better_neighbour
 from onnxcam.methods import Method, method as find_method
 from onnxcam.model import Canonical, Model, as_batches
 from onnxcam.pictures import open_image
 from onnxcam.propagate import needed_taps, propagate
 from onnxcam.starts import Start, softmax, start as find_start
-from onnxcam.targets import Target, choose_targets
 from onnxcam.taps import expose
+from onnxcam.targets import Target, choose_targets
 
 Source = str | Path | Image.Image
 
@@ -152,7 +153,10 @@ def _inputs(model: Model, images: Any) -> tuple[list[Picture], list[np.ndarray]]
 def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], list[np.ndarray]]:
     expected = model.spec.shape
     text = f"({', '.join(str(d) if d is not None else '?' for d in expected)})"
-    if array.ndim != len(expected) or any(isinstance(d, int) and d > 0 and d != n for d, n in zip(expected[1:], array.shape[1:], strict=True)):
+    fits = len(array.shape) == len(expected) and all(
+        static(d) in (None, n) for d, n in zip(expected[1:], array.shape[1:], strict=True)
+    )
+    if not fits:
         raise UsageError(f"the array has shape {array.shape}, but input {model.spec.name!r} wants {text}")
     if not len(array):
         raise UsageError("the array holds no image: its first axis is 0")
@@ -218,7 +222,7 @@ def _explain_batch(
     maps = {}
     for name, layer in layers.items():
         if layer.tensor not in flow.relevance:
-            raise ModelError(f"no relevance reaches layer {name!r}: what leads from it to the logits is not differentiable")
+            raise ModelError(f"no relevance reaches layer {name!r}: nothing differentiable leads from it to the logits")
         combined = method.combine(ops, ops.asarray(taps[layer.tensor]), flow.relevance[layer.tensor])
         heat = np.moveaxis(np.asarray(ops.to_host(combined)), 0, 1)[:count].astype(np.float32)
         if not np.isfinite(heat).all():
@@ -272,12 +276,11 @@ def _signed(model: Model, layers: dict[str, Layer], method: Method, size: tuple[
         if not method.weighs_channels or layer.sign != "signed":
             continue
         better = better_neighbour(layer, model.layers(size))
-        hint = f"; --layer {better.node} at the same resolution cannot be" if better and better.sign == "nonnegative" else (
-            f"; --layer {better.node} is mostly positive" if better else ""
-        )
-        yield (
-            f"layer {name} can be negative, where channel-weighted maps mean little{hint}"
-        )
+        hint = ""
+        if better:
+            how = "cannot be" if better.sign == "nonnegative" else "is mostly positive"
+            hint = f"; --layer {better.node} at the same resolution {how}"
+        yield f"layer {name} can be negative, where channel-weighted maps mean little{hint}"
 
 
 def _guessed(model: Model, pictures: Sequence[Picture]) -> Iterator[str]:

@@ -193,8 +193,10 @@ class Explanation:
             f"layer {where.node} ({size})  {method}, {', '.join(extra)}",
         ]
 
-    def save(self, out: str | Path, overlays: bool = True) -> list[Path]:
+    def save(self, out: str | Path, overlays: bool = True, **drawing: Any) -> list[Path]:
         """Write `OUT/<image>/class-<c>-layer-<name>.npy` and `-overlay.png`, and `OUT/manifest.json` last.
+
+        `drawing` are options of `render.overlay`, such as `kind="minmax"` or `alpha=0.5`.
 
         Returns:
             The files written. Each appears whole or not at all.
@@ -221,7 +223,7 @@ class Explanation:
                         "max": float(heat.max()),
                     }
                     if overlays and picture.view is not None and heat.ndim == 2:
-                        drawn = self.overlay(name, i, t)
+                        drawn = self.overlay(name, i, t, **drawing)
                         png = place / f"{stem}-overlay.png"
                         written.append(write_atomically(png, lambda s, p=drawn: p.save(s, "PNG")))  # type: ignore[misc]
                         files[name]["overlay"] = f"{directory}/{png.name}"

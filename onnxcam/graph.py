@@ -1,8 +1,8 @@
 """The canonised graph as the rest of onnxcam sees it: nodes in topological order, tensors by name, structure only.
 
-A `Graph` wraps an onnx-graphsurgeon graph whose spatial sizes are static and whose constants are folded, and answers the
-questions that layers, operators and the walk ask: who makes a tensor, who reads it, what is its shape, is it constant,
-which nodes lie between two tensors. It holds no values of activations; those come from a session as taps.
+A `Graph` wraps an onnx-graphsurgeon graph whose spatial sizes are static and whose constants are folded, and answers
+the questions that layers, operators and the walk ask: who makes a tensor, who reads it, what is its shape, is it
+constant, which nodes lie between two tensors. It holds no values of activations; those come from a session as taps.
 """
 
 from __future__ import annotations

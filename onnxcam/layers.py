@@ -2,8 +2,8 @@
 
 A layer is a node with the BatchNormalization and the activation that follow it; its tensor is what the activation puts
 out. `list_layers` lists those with a map, in the order of the graph; `resolve` turns what was typed (a node, a tensor,
-`OpType_N`, a module path, a glob, an index, `auto`, `suggested`, `all`) into layers. Names are those of the user's file;
-a tensor that canonising would fold away is kept when it is asked for.
+`OpType_N`, a module path, a glob, an index, `auto`, `suggested`, `all`) into layers. Names are those of the user's
+file; a tensor that canonising would fold away is kept when it is asked for.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def list_layers(graph: Graph, logits: str, paths: Mapping[str, str] | None = Non
         assert shape is not None
         sign = "nonnegative" if last in nonnegative else "mostly positive" if _activated(graph, last) else "signed"
         path = (paths or {}).get(node.name, "")
-        rows.append(
-            Layer(len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path)
-        )
+        rows.append(Layer(len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path))
     return _suggest(_stages(rows))
 
 
@@ -175,7 +173,7 @@ def _bottlenecks(graph: Graph, on_path: Sequence[Node]) -> set[str]:
     A tensor is one if, when it has just been made, no other tensor on the path still waits for a reader. That holds in
     any topological order.
     """
-    found = set()
+    found: set[str] = set()
     inside = {name for node in on_path for name in node.outputs} | set(graph.inputs)
     readers: dict[str, int] = defaultdict(int)
     for node in on_path:
@@ -194,8 +192,9 @@ def _bottlenecks(graph: Graph, on_path: Sequence[Node]) -> set[str]:
 
 
 def _stages(rows: Sequence[Layer]) -> list[Layer]:
-    sizes = sorted({prod(r.spatial) for r in rows}, reverse=True)
-    return [replace(r, stage=sizes.index(prod(r.spatial)) + 1) for r in rows]
+    cells = [prod(n for n in r.spatial if isinstance(n, int)) for r in rows]
+    sizes = sorted(set(cells), reverse=True)
+    return [replace(r, stage=sizes.index(n) + 1) for r, n in zip(rows, cells, strict=True)]
 
 
 def _suggest(rows: list[Layer]) -> list[Layer]:
@@ -307,7 +306,9 @@ def resolve(text: str | int, names: Names, rows: Sequence[Layer]) -> list[str] |
     if text in KEYWORDS:
         wanted = {"auto": suggested[-1:], "suggested": suggested, "all": list(rows)}[text]
         if not wanted:
-            raise UsageError("this model has no layer with a map: no tensor on the way to the logits has a spatial extent")
+            raise UsageError(
+                "no layer of this model has a map: no tensor on the way to the logits has a spatial extent"
+            )
         return wanted
     if re.fullmatch(r"-\d+", text):
         if int(text) < -len(suggested):

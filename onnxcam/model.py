@@ -146,8 +146,9 @@ class Model:
         for text in typed:
             meant = resolve(text, self.names, rows)
             if len(meant) == 1:
-                first = meant[0]
-                out[str(text)] = first if isinstance(first, Layer) else by_tensor.get(first) or self._unlisted(first, size)
+                one = meant[0]
+                layer = one if isinstance(one, Layer) else by_tensor.get(one) or self._unlisted(one, size)
+                out[str(text)] = layer
             else:
                 out.update((row.node, row) for row in meant if isinstance(row, Layer))
         return out
@@ -159,11 +160,15 @@ class Model:
         if tensor not in graph:
             raise UsageError(f"tensor {tensor!r} is a constant of the model: there is nothing to explain at it")
         if not graph.between([tensor], found.logits):
-            raise UsageError(f"tensor {tensor!r} does not lead to the logits ({found.logits!r}): nothing flows back to it")
+            raise UsageError(
+                f"tensor {tensor!r} does not lead to the logits ({found.logits!r}): nothing flows back to it"
+            )
         shape = graph.shape(tensor)
         if shape is None or len(shape) < 3:
             text = "of unknown shape" if shape is None else f"of shape ({', '.join(map(str, shape))})"
-            raise UsageError(f"tensor {tensor!r} {text} has no spatial axes, so there is no map of it; see `onnxcam layers`")
+            raise UsageError(
+                f"tensor {tensor!r} {text} has no spatial axes, so there is no map of it; see `onnxcam layers`"
+            )
         from onnxcam.signs import nonnegative_tensors
 
         node = graph.producer(tensor)

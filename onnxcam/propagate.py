@@ -50,7 +50,8 @@ class _Values:
 
     def __init__(self, graph: Graph, taps: Mapping[str, np.ndarray], ops: Any, cache: dict[tuple[str, str], Array]):
         self.graph, self.taps, self.ops = graph, taps, ops
-        self._shared, self._own = cache, {}
+        self._shared = cache
+        self._own: dict[tuple[str, str], Array] = {}
 
     def host(self, tensor: str) -> np.ndarray:
         constant = self.graph.constants.get(tensor)

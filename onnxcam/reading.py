@@ -21,6 +21,7 @@ import onnxruntime as ort
 from onnxcam.errors import ModelError, UsageError
 
 OLDEST_OPSET = 7
+TRAINING_DOMAINS = frozenset(("ai.onnx.training", "ai.onnx.preview.training"))
 
 # The first bytes of files that are taken for ONNX models: (offset, bytes, what it is, what to do).
 SIGNATURES = (
@@ -131,6 +132,9 @@ def _check_outline(proto: onnx.ModelProto, name: str) -> None:
         raise ModelError(f"{name} is no ONNX model, or it is cut short: it has no graph, no outputs or no opset")
     if not proto.graph.node:
         raise ModelError(f"{name} has no nodes; there is nothing to explain")
+    for node in proto.graph.node:
+        if node.domain in TRAINING_DOMAINS:
+            raise ModelError(f"{name}: {node.op_type} {node.name!r} is for training; export the model for inference")
     opset = opsets.get("", opsets.get("ai.onnx"))
     newest = onnx.defs.onnx_opset_version()
     if opset is None:

@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcam.canonise.names import unique
 from onnxcam.canonise.surgery import captured, detach
+from onnxcam.errors import ModelError
 
 
 def tidy(graph: gs.Graph, keep: frozenset[str]) -> None:
@@ -33,7 +34,7 @@ def _sort(graph: gs.Graph) -> None:
     needs = []
     readers: list[list[int]] = [[] for _ in graph.nodes]
     for i, node in enumerate(graph.nodes):
-        names = {t.name for t in node.inputs} | set(captured(node))
+        names = {t.name for t in node.inputs} | captured(node)
         before = {producer[name] for name in names if name in producer} - {i}
         needs.append(len(before))
         for j in before:
@@ -48,6 +49,9 @@ def _sort(graph: gs.Graph) -> None:
             needs[j] -= 1
             if needs[j] == 0:
                 heapq.heappush(ready, j)
+    if len(order) < len(graph.nodes):
+        stuck = next(node for node, n in zip(graph.nodes, needs, strict=True) if n > 0)
+        raise ModelError(f"the graph has a cycle through or before node {stuck.name!r}; export the model again")
     graph.nodes = order
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcam.canonise.names import unique
@@ -71,7 +72,7 @@ STEPS: dict[str, Callable[[gs.Node, list[Any]], Vector | None]] = {
     "Unsqueeze": _flat,
     "Concat": _concat,
     "Identity": lambda node, args: args[0],
-    "Cast": lambda node, args: args[0],
+    "Cast": lambda node, args: args[0] if node.attrs["to"] == onnx.TensorProto.INT64 else None,
 }
 
 

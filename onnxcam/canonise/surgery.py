@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,16 +19,18 @@ def protected(graph: gs.Graph, keep: frozenset[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def captured(node: gs.Node) -> Iterator[str]:
-    """Names that the subgraphs of `node` mention, outer tensors among them."""
-    for subgraph in node.subgraphs(recursive=True):
-        yield from (t.name for t in subgraph.outputs)
+def captured(node: gs.Node) -> set[str]:
+    """Names of the tensors that the subgraphs of `node` read and do not make themselves."""
+    names: set[str] = set()
+    for subgraph in node.subgraphs():
+        local = {t.name for t in subgraph.inputs}
+        read = {t.name for t in subgraph.outputs}
         for inner in subgraph.nodes:
-            yield from (t.name for t in inner.inputs)
-
-
-def is_constant(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant)
+            local.update(t.name for t in inner.outputs)
+            read.update(t.name for t in inner.inputs)
+            read |= captured(inner)
+        names |= read - local
+    return names
 
 
 def constant(node: gs.Node, i: int) -> np.ndarray | None:

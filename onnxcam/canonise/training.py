@@ -7,8 +7,6 @@ import onnx_graphsurgeon as gs
 from onnxcam.canonise.surgery import constant, has
 from onnxcam.errors import ModelError
 
-DOMAINS = frozenset(("ai.onnx.training", "ai.onnx.preview.training"))
-
 
 def refuse_training(graph: gs.Graph, keep: frozenset[str]) -> None:
     """Raise where a node trains; drop the outputs of old BatchNormalizations that only training fills.
@@ -18,7 +16,7 @@ def refuse_training(graph: gs.Graph, keep: frozenset[str]) -> None:
     """
     used = keep | {t.name for t in graph.outputs}
     for node in graph.nodes:
-        if node.domain in DOMAINS or _trains(node):
+        if _trains(node):
             raise ModelError(
                 f"{node.op} {node.name!r} computes in training mode; export the model for inference (in PyTorch: call "
                 "model.eval() before the export)"

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split())
         return _fail(
-            f"this is a bug in onnxcam: {type(error).__name__}: {text} (ONNXCAM_DEBUG=1 shows where; please report it)", 1
+            f"this is a bug in onnxcam, please report it: {type(error).__name__}: {text} (ONNXCAM_DEBUG=1 shows where)",
+            1,
         )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxcam.explanation import Explanation
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+KINDS = ("auto", "positive", "signed", "minmax")
 SHOWN = 20  # images listed in the summary
 
 
@@ -30,7 +31,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, or folders of them")
     p.add_argument(
         "--layer", "-l", metavar="L", action="append", dest="layers",
-        help="node, tensor, OpType_N, module path, glob, index, auto, suggested or all; may be repeated (default: auto)",
+        help="node, tensor, OpType_N, module path, glob, index, auto, suggested or all; repeatable (default: auto)",
     )  # fmt: skip
     p.add_argument(
         "--target", "-t", metavar="CLASS|NAME", action="append", dest="targets",
@@ -49,7 +50,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="float64 is slow, for checks")
     run.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="pictures at a time (default: 8)")
     out = p.add_argument_group("output")
-    out.add_argument("--out", "-o", metavar="DIR", default="onnxcam-out", help="folder to write to (default: onnxcam-out)")
+    out.add_argument("--out", "-o", metavar="DIR", default="onnxcam-out", help="where to write (default: onnxcam-out)")
+    out.add_argument(
+        "--colours", choices=KINDS, default="auto",
+        help="auto; positive (from 0 up); signed (red for, blue against); minmax (stretched, as the paper's figures)",
+    )  # fmt: skip
     out.add_argument("--no-overlay", action="store_true", help="write the raw maps only")
     out.add_argument("--json", action="store_true", help="print the manifest as JSON instead of a summary")
     p.set_defaults(run=run_explain)
@@ -73,7 +78,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             progress=progress.update,
         )
-    written = explanation.save(arguments.out, overlays=not arguments.no_overlay)
+    written = explanation.save(arguments.out, overlays=not arguments.no_overlay, kind=arguments.colours)
     for warning in explanation.warnings:
         print(f"onnxcam: warning: {warning}", file=sys.stderr)
     if arguments.json:
@@ -141,38 +146,37 @@ def _summary(e: Explanation, written: Sequence[Path]) -> None:
 
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("image", "class", "probability", "logit", "layer", "map", "relevance kept"):
-        table.add_column(column, justify="right" if column in ("probability", "logit", "relevance kept") else "left")
+    for column in ("image", "class", "probability", "logit"):
+        right = column in ("probability", "logit")
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     folders = e.folders()
     for i in range(min(len(e.pictures), SHOWN)):
         for t in range(e.targets.shape[1]):
-            for k, (name, layer) in enumerate(e.layers.items()):
-                first = k == 0
-                table.add_row(
-                    escape(folders[i]) if first and t == 0 else "",
-                    escape(f"{e.targets[i, t]} {e.label(i, t)}") if first else "",
-                    f"{e.probability(i, t):.1%}" if first else "",
-                    f"{e.logit(i, t):.2f}" if first else "",
-                    escape(name if name == layer.node else f"{name} = {layer.node}"),
-                    "x".join(map(str, e.maps[name].shape[2:])),
-                    _kept(e, name, i, t),
-                )
+            table.add_row(
+                escape(folders[i]) if t == 0 else "",
+                escape(f"{e.targets[i, t]} {e.label(i, t)}"),
+                f"{e.probability(i, t):.1%}",
+                f"{e.logit(i, t):.2f}",
+            )
     console.print(table)
-    if len(e.pictures) > SHOWN:
-        console.print(f"... and {len(e.pictures) - SHOWN} more images")
-    o = e.options
-    source = f", preprocessing {o['preprocess']} ({e.model.preprocess_source})" if o["preprocess"] else ""
-    console.print(f"{o['method']} with {o['composite']} from {o['start']}{source}", soft_wrap=True, markup=False)
-    worst = [(n, share) for n, share in e.conservation.dropped()[:1] if share > 1e-3]
-    for node, share in worst:
-        text = f"most relevance was dropped at {node.node} ({node.op_type}, {node.rule}): {share:.1%} of the start"
+
+    def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
-    console.print(f"{len(written)} files in {written[-1].parent}", soft_wrap=True, markup=False)
+
+    if len(e.pictures) > SHOWN:
+        say(f"... and {len(e.pictures) - SHOWN} more images")
+    say(f"layers: {', '.join(_layer(e, name) for name in e.layers)}")
+    o = e.options
+    preprocess = f"; preprocessing {o['preprocess']} ({e.model.preprocess_source})" if o["preprocess"] else ""
+    say(f"{o['method']}, composite {o['composite']}, start {o['start']}{preprocess}")
+    if (dropped := e.conservation.dropped()) and (residual := e.conservation.residual) is not None:
+        node, share = dropped[0]
+        where = f"; most was dropped at {node.node} ({node.op_type}): {share:.2%} of the start" if share > 1e-4 else ""
+        say(f"conservation: relevance in and out of every node agree to {residual:.1e}{where}")
+    say(f"{len(written)} files in {written[-1].parent}")
 
 
-def _kept(e: Explanation, layer: str, image: int, target: int) -> str:
-    """Relevance at the layer as a share of the start; where that sums to nearly nothing the share means nothing."""
-    start, arrived = e.conservation.start[image, target], e.conservation.at_layers[layer][image, target]
-    if not e.conservation.nodes or not e.layers[layer].bottleneck or abs(start) < 1e-9:
-        return "-"
-    return f"{arrived / start:.1%}"
+def _layer(e: Explanation, name: str) -> str:
+    layer = e.layers[name]
+    title = name if name in (layer.node, layer.tensor) else f"{name} = {layer.node}"
+    return f"{title} ({'x'.join(map(str, e.maps[name].shape[2:]))})"

@@ -71,4 +71,3 @@ def _size(text: str) -> tuple[int, int]:
     if not all(p.isdigit() and int(p) > 0 for p in parts) or len(parts) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224 or 224x320 (height x width)")
     return int(parts[0]), int(parts[-1])
-

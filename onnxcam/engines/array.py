@@ -109,6 +109,9 @@ class ArrayOps:
     def mean(self, x: Array, axes: Sequence[int], keepdims: bool = False) -> Array:
         return self.xp.mean(x, axis=tuple(axes), keepdims=keepdims) if axes else x
 
+    def prod(self, x: Array, axes: Sequence[int]) -> Array:
+        return self.xp.prod(x, axis=tuple(axes), keepdims=True) if axes else x
+
     def min(self, x: Array, axes: Sequence[int]) -> Array:
         return self.xp.min(x, axis=tuple(axes), keepdims=True)
 
@@ -263,8 +266,8 @@ class ArrayOps:
         return self.xp.asarray(value, dtype=self.dtype) if isinstance(value, int | float) else value
 
     @staticmethod
-    def _at(x: Array, axis: int, where: slice) -> tuple[slice, ...]:
-        key = [slice(None)] * x.ndim
+    def _at(x: Array, axis: int, where: Any) -> tuple[Any, ...]:
+        key: list[Any] = [slice(None)] * x.ndim
         key[axis] = where
         return tuple(key)
 

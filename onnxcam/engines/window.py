@@ -40,12 +40,10 @@ class Window:
 
     def output(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Number of window positions along each axis of an input of `size`."""
-        return tuple(
-            (p - x) // s + 1 for p, x, s in zip(self.padded(size), self.extent, self.strides, strict=True)
-        )
+        return tuple((p - x) // s + 1 for p, x, s in zip(self.padded(size), self.extent, self.strides, strict=True))
 
     def taps(self, output: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """For each cell of the kernel in row-major order: where it reads the padded input, for all positions at once."""
+        """For each cell of the kernel in row-major order: where it reads the padded input, at all positions."""
         for offset in product(*(range(k) for k in self.kernel)):
             yield tuple(
                 slice(o * d, o * d + (n - 1) * s + 1, s)

@@ -1,7 +1,7 @@
 """Operators: what onnxcam knows about ONNX ops, one file per kind.
 
-An operator is registered with its op types and a range of opsets, as a function from the node to its mathematics (one of
-the kinds in `kinds.py`). Nothing here knows an engine: operators speak to `at.ops`.
+An operator is registered with its op types and a range of opsets, as a function from the node to its mathematics, one
+of the kinds in `kinds.py`. Nothing here knows an engine: operators speak to `at.ops`.
 """
 
 from onnxcam.operators import (  # noqa: F401  (importing registers)
@@ -14,6 +14,7 @@ from onnxcam.operators import (  # noqa: F401  (importing registers)
     products,
     reductions,
     resize,
+    selection,
     statistics,
 )
 from onnxcam.operators.registry import lookup, registered, why_not

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from math import pi, sqrt
 from typing import Any
 
+import numpy as np
+
 from onnxcam.graph import Node
-from onnxcam.operators.kinds import Array, At, Elementwise, Operator
+from onnxcam.operators.kinds import Array, At, Elementwise, Operator, Product, Share
 from onnxcam.operators.registry import operator
 
 SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875  # ONNX spec, Selu
@@ -107,8 +109,29 @@ for _stepwise in ("Round", "Floor", "Ceil"):
 
 @operator("PRelu")
 def prelu(node: Node) -> Operator:
-    """The slope broadcasts against x; from opset 7 by NumPy's rules, (C, 1, 1) for channels."""
-    return Elementwise(lambda at: at.ops.where(at.input(0) > 0, 1.0, at.input(1)))
+    """The slope broadcasts by NumPy's rules, (C, 1, 1) for channels; before opset 7 a slope (C,) is one per channel."""
+
+    def slope(at: At) -> Array:
+        s, rank = at.input(1), len(at.shape(0))
+        per_channel = node.opset < 7 and s.ndim == 1 and s.shape[0] != 1 and rank > 2
+        return at.ops.shaped(s, (-1, *(1,) * (rank - 2))) if per_channel else s
+
+    def derivative(at: At) -> Array:
+        return at.ops.where(at.input(0) > 0, 1.0, slope(at))
+
+    def by_slope(at: At) -> Array:
+        return at.ops.negative(at.input(0))
+
+    return Elementwise(derivative) if node.is_constant(1) else _of_two(derivative, by_slope)
+
+
+def _of_two(*derivatives: Callable[[At], Array]) -> Operator:
+    """A function of two tensors, the derivative by each; relevance stays with the first."""
+
+    def partials(at: At, r: Array) -> list[Share]:
+        return [(i, at.ops.unbroadcast(r * by(at), at.shape(i))) for i, by in enumerate(derivatives) if at.carries(i)]
+
+    return Product(partials, signal=0)
 
 
 @operator("Clip")
@@ -117,7 +140,7 @@ def clip(node: Node) -> Operator:
 
     def bound(at: At, i: int, name: str, default: float) -> float:
         value = at.host(i) if node.opset >= 11 else node.attr(name)
-        return default if value is None else float(value)
+        return default if value is None else float(np.ravel(value)[0])
 
     def formula(at: At) -> Array:
         low, high = bound(at, 1, "min", -float("inf")), bound(at, 2, "max", float("inf"))
@@ -128,5 +151,17 @@ def clip(node: Node) -> Operator:
 
 @operator("Pow")
 def power(node: Node) -> Operator:
-    """x to a power that does not depend on the input."""
-    return Elementwise(lambda at: at.input(1) * at.ops.power(at.input(0), at.input(1) - 1))
+    """x to the power p; p x^(p-1), and y log x where the exponent depends on the input too."""
+
+    def by_base(at: At) -> Array:
+        # 0 to the power -1 would make a derivative of 0 undefined where p is 0.
+        x, p, ops = at.input(0), at.input(1), at.ops
+        return p * ops.power(x, ops.where(p == 0, 1.0, p) - 1)
+
+    def by_exponent(at: At) -> Array:
+        x, ops = at.input(0), at.ops
+        return at.output(0) * ops.log(ops.where(x > 0, x, 1.0))
+
+    if node.is_constant(1):
+        return Elementwise(by_base)
+    return Elementwise(by_exponent, operand=1) if node.is_constant(0) else _of_two(by_base, by_exponent)

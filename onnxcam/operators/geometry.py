@@ -51,14 +51,15 @@ def pool_window(node: Node, size: Sequence[int]) -> tuple[Window, tuple[int, ...
 
 
 def conv_transpose_window(node: Node, size: Sequence[int], kernel: Sequence[int]) -> Window:
-    """Window of the Conv whose adjoint a ConvTranspose over an input of spatial `size` is (ONNX spec, ConvTranspose)."""
+    """Window of the Conv whose adjoint a ConvTranspose over an input of spatial `size` is (ONNX spec)."""
     n = len(kernel)
     strides, dilations = _ints(node, "strides", 1, n), _ints(node, "dilations", 1, n)
     extra = _ints(node, "output_padding", 0, n)
     begin, end = _pads(node, n)
     auto_pad, wanted = node.attr("auto_pad", "NOTSET"), node.attr("output_shape")
     if wanted is not None or auto_pad.startswith("SAME"):
-        target = [int(v) for v in wanted][-n:] if wanted is not None else [x * s for x, s in zip(size, strides, strict=True)]
+        same = [x * s for x, s in zip(size, strides, strict=True)]
+        target = same if wanted is None else [int(v) for v in wanted][-n:]
         pairs = []
         for x, k, s, d, o, t in zip(size, kernel, strides, dilations, extra, target, strict=True):
             total = max(s * (x - 1) + o + (k - 1) * d + 1 - t, 0)

@@ -20,7 +20,7 @@ from onnxcam.graph import Node
 
 Array = Any
 Share = tuple[int, Array]
-Relevances = Sequence[Array | None]  # one per output of a node; None where none arrived
+Relevances = Sequence[Array]  # one per output of a node; None where none arrived
 
 
 class Values(Protocol):
@@ -52,11 +52,11 @@ class At:
     def output(self, i: int = 0) -> Array:
         return self.values.array(self.node.outputs[i])
 
-    def host(self, i: int) -> np.ndarray | None:
-        """Input `i` on the host, None where it is omitted."""
+    def host(self, i: int) -> Any:
+        """Input `i` as a NumPy array on the host, None where it is omitted."""
         return self.values.host(self.node.inputs[i]) if self.node.has(i) else None
 
-    def ints(self, i: int) -> list[int] | None:
+    def ints(self, i: int) -> Any:
         """Input `i` as a list of Python ints, None where it is omitted."""
         value = self.host(i)
         return None if value is None else [int(v) for v in np.ravel(value)]
@@ -140,8 +140,8 @@ class Linear:
 class Averaging:
     """A linear map with fixed coefficients that are not negative: pooling, means and sums over axes, interpolation.
 
-    Norms and their like share as a sum does, of something else than the input: `amount(at)` says of what, |x|^p say, and
-    `gradient(at, r)` is then the exact vector-Jacobian product, which otherwise is the adjoint.
+    Norms and their like share as a sum does, of something else than the input: `amount(at)` says of what, |x|^p say,
+    and `gradient(at, r)` is then the exact vector-Jacobian product, which otherwise is the adjoint.
     """
 
     kind: ClassVar[str] = "averaging"
@@ -178,9 +178,7 @@ class Additive:
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
         return [
-            (i, at.ops.unbroadcast(rs[0] * c, at.shape(i)))
-            for i, c in enumerate(self.coefficients)
-            if at.carries(i)
+            (i, at.ops.unbroadcast(rs[0] * c, at.shape(i))) for i, c in enumerate(self.coefficients) if at.carries(i)
         ]
 
 

@@ -12,10 +12,10 @@ from onnxcam.operators.registry import operator
 
 
 def _one(back: Callable[[At, Array], Array]) -> Operator:
-    """A node with one operand and one output: `back(at, r)` undoes it."""
+    """A node whose first output is its first operand moved about: `back(at, r)` undoes it."""
 
     def route(at: At, rs: Relevances) -> list[Share]:
-        return [(0, back(at, rs[0]))]
+        return [(0, back(at, rs[0]))] if rs[0] is not None and at.carries(0) else []
 
     return Routing(route)
 
@@ -73,21 +73,25 @@ def concat(node: Node) -> Operator:
 
 @operator("Split")
 def split(node: Node) -> Operator:
+    """Sizes are an attribute up to opset 12, input 1 after; without them parts are even, the last takes the rest."""
+
     def route(at: At, rs: Relevances) -> list[Share]:
-        axis = _axis(node.attr("axis", 0), len(at.shape(0)))
+        shape = list(at.shape(0))
+        axis = _axis(node.attr("axis", 0), len(shape))
+        sizes = at.ints(1) if node.opset >= 13 else node.attr("split")
+        targets = next(r.shape[0] for r in rs if r is not None)
         parts = []
-        for i, r in enumerate(rs):
-            shape = at.output_shape(i) if node.outputs[i] else None
-            if shape is None:
-                raise ValueError("Split with an omitted output")
-            parts.append(r if r is not None else at.ops.zeros((_targets(rs), *shape)))
+        for r, size in zip(rs, sizes or _even_sizes(shape[axis], len(rs)), strict=True):
+            shape[axis] = size
+            parts.append(r if r is not None else at.ops.zeros((targets, *shape)))
         return [(0, at.ops.concat(parts, axis))]
 
     return Routing(route)
 
 
-def _targets(rs: Relevances) -> int:
-    return next(r.shape[0] for r in rs if r is not None)
+def _even_sizes(total: int, count: int) -> list[int]:
+    part = -(-total // count)
+    return [min(part, total - i * part) for i in range(count)]
 
 
 @operator("Slice")
@@ -124,9 +128,9 @@ def gather(node: Node) -> Operator:
         shape, index = at.shape(0), at.host(1)
         axis = _axis(node.attr("axis", 0), len(shape))
         place = axis + len(shape)
-        flat = np.ravel(index) % shape[axis]
+        flat = np.ravel(index).astype(np.int64) % shape[axis]
         r = at.ops.reshape(r, (*shape[:place], flat.size, *shape[place + 1 :]))
-        return at.ops.scatter_add(r, flat.astype(np.int64), axis, shape[axis])
+        return at.ops.scatter_add(r, flat, axis, shape[axis])
 
     return _one(back)
 
@@ -178,12 +182,13 @@ def depth_to_space(node: Node) -> Operator:
 
 @operator("SpaceToDepth")
 def space_to_depth(node: Node) -> Operator:
-    b = node.attr("blocksize")
+    """The channels of a block come first (DCR), or last (CRD)."""
+    b, crd = node.attr("blocksize"), node.attr("mode", "DCR") == "CRD"
 
     def back(at: At, r: Array) -> Array:
         n, c, h, w = at.shape(0)
-        r = at.ops.reshape(r, (n, b, b, c, h // b, w // b))
-        return at.ops.reshape(at.ops.permute(r, (0, 3, 4, 1, 5, 2)), at.shape(0))
+        r = at.ops.reshape(r, (n, c, b, b, h // b, w // b) if crd else (n, b, b, c, h // b, w // b))
+        return at.ops.reshape(at.ops.permute(r, (0, 1, 4, 2, 5, 3) if crd else (0, 3, 4, 1, 5, 2)), at.shape(0))
 
     return _one(back)
 
@@ -197,28 +202,3 @@ def tile(node: Node) -> Operator:
         return r
 
     return _one(back)
-
-
-@operator("Where")
-def where(node: Node) -> Operator:
-    def route(at: At, rs: Relevances) -> list[Share]:
-        condition = at.input(0) > 0
-        parts = {1: at.ops.where(condition, rs[0], 0.0), 2: at.ops.where(condition, 0.0, rs[0])}
-        return [(i, at.ops.unbroadcast(part, at.shape(i))) for i, part in parts.items() if at.carries(i)]
-
-    return Routing(route)
-
-
-@operator("Max", "Min")
-def extremum(node: Node) -> Operator:
-    """The operand that equals the output takes all; ties share equally."""
-
-    def route(at: At, rs: Relevances) -> list[Share]:
-        y, ops = at.output(0), at.ops
-        wins = [ops.mask(at.input(i) == y) for i in range(len(node.inputs))]
-        total = sum(wins[1:], wins[0])
-        return [
-            (i, ops.unbroadcast(rs[0] * win / total, at.shape(i))) for i, win in enumerate(wins) if at.carries(i)
-        ]
-
-    return Routing(route)

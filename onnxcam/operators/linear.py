@@ -15,10 +15,10 @@ def _per_channel(at: At, i: int) -> Array | None:
     return at.ops.shaped(at.input(i), (-1, *(1,) * (len(at.shape(0)) - 2))) if at.node.has(i) else None
 
 
-def _constant_weight(node: Node, i: int = 1) -> None:
-    if not node.is_constant(i):
+def _constant(node: Node, i: int, what: str) -> None:
+    if node.has(i) and not node.is_constant(i):
         raise ModelError(
-            f"node {node.name!r}: the weight of {node.op_type} (opset {node.opset}) is computed in the graph from the "
+            f"node {node.name!r}: the {what} of {node.op_type} (opset {node.opset}) is computed in the graph from the "
             "input; explain a layer that lies behind it (see `onnxcam layers`)"
         )
 
@@ -26,7 +26,8 @@ def _constant_weight(node: Node, i: int = 1) -> None:
 @operator("Conv")
 def conv(node: Node) -> Operator:
     """Adjoint: transposed convolution with the same weight (spec 3.0)."""
-    _constant_weight(node)
+    _constant(node, 1, "weight")
+    _constant(node, 2, "bias")
     group = node.attr("group", 1)
 
     def window(at: At) -> Window:
@@ -42,7 +43,8 @@ def conv(node: Node) -> Operator:
 @operator("ConvTranspose")
 def conv_transpose(node: Node) -> Operator:
     """The adjoint of a Conv, used forward; its own adjoint is that Conv (spec 3.0)."""
-    _constant_weight(node)
+    _constant(node, 1, "weight")
+    _constant(node, 2, "bias")
     group = node.attr("group", 1)
 
     def window(at: At) -> Window:
@@ -58,7 +60,8 @@ def conv_transpose(node: Node) -> Operator:
 @operator("Gemm")
 def gemm(node: Node) -> Operator:
     """y = alpha A' B' + beta C, with one of A and B constant."""
-    _constant_weight(node, 0 if node.is_constant(0) else 1)
+    _constant(node, 0 if node.is_constant(0) else 1, "weight")
+    _constant(node, 2, "bias")
     alpha, beta = node.attr("alpha", 1.0), node.attr("beta", 1.0)
     left = node.is_constant(0)
     trans = [bool(node.attr("transA", 0)), bool(node.attr("transB", 0))]

@@ -5,10 +5,9 @@ Relevance passes them unchanged: a statistic decides the scale of what is seen, 
 
 from __future__ import annotations
 
-from math import prod
-
 import numpy as np
 
+from onnxcam.errors import ModelError
 from onnxcam.graph import Node
 from onnxcam.operators.kinds import Array, At, Coupled, Elementwise, Operator
 from onnxcam.operators.registry import operator
@@ -18,10 +17,13 @@ from onnxcam.operators.registry import operator
 def batch_normalization(node: Node) -> Operator:
     """Inference form: a fixed scale gamma / sqrt(var + epsilon) per channel."""
     epsilon = node.attr("epsilon", 1e-5)
+    if node.attr("training_mode", 0):
+        raise ModelError(f"node {node.name!r}: BatchNormalization in training mode; export the model for inference")
 
     def scale(at: At) -> Array:
         factor = at.input(1) / at.ops.sqrt(at.input(4) + epsilon)
-        return at.ops.shaped(factor, (-1, *(1,) * (len(at.shape(0)) - 2)))
+        # Before opset 9, spatial=0 keeps statistics of every cell.
+        return factor if factor.ndim > 1 else at.ops.shaped(factor, (-1, *(1,) * (len(at.shape(0)) - 2)))
 
     return Elementwise(scale, kind="normalisation")
 

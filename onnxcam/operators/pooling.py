@@ -1,7 +1,8 @@
-"""Pooling: AveragePool and GlobalAveragePool share out, MaxPool and GlobalMaxPool route to the winner, LpPool weighs."""
+"""Pooling: averages share out in proportion, maxima route to the winner, p-norms share by |x|^p (spec 3.5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -60,11 +61,58 @@ def global_average_pool(node: Node) -> Operator:
     return Averaging(lambda at, x: at.ops.mean(x, axes(at), keepdims=True), adjoint)
 
 
+def norm(p: float, total: Callable[[At, Array], Array], spread: Callable[[At, Array], Array]) -> Operator:
+    """(sum |x|^p)^(1/p): relevance is shared by |x|^p; gradient sign(x) |x|^(p-1) y^(1-p).
+
+    `total` sums over what becomes one output and `spread` is its adjoint.
+    """
+
+    def amount(at: At) -> Array:
+        magnitude = at.ops.abs(at.input(0))
+        return magnitude if p == 1 else magnitude * magnitude if p == 2 else at.ops.power(magnitude, p)
+
+    def gradient(at: At, r: Array) -> Array:
+        ops, x, y = at.ops, at.input(0), at.output(0)
+        if p == 1:
+            return ops.sign(x) * spread(at, r)
+        alive = y > 0
+        safe = ops.where(alive, y, 1.0)
+        if p == 2:
+            return x * spread(at, ops.where(alive, r / safe, 0.0))
+        inner = spread(at, ops.where(alive, r * ops.power(safe, 1.0 - p), 0.0))
+        return ops.sign(x) * ops.power(ops.abs(x), p - 1.0) * inner
+
+    return Averaging(total, spread, amount, gradient)
+
+
+@operator("LpPool")
+def lp_pool(node: Node) -> Operator:
+    def window(at: At) -> Window:
+        return pool_window(node, at.shape(0)[2:])[0]
+
+    return norm(
+        float(node.attr("p", 2)),
+        lambda at, x: at.ops.window_sum(x, window(at)),
+        lambda at, r: at.ops.window_sum_adjoint(r, window(at), at.shape(0)[2:]),
+    )
+
+
+@operator("GlobalLpPool")
+def global_lp_pool(node: Node) -> Operator:
+    return norm(
+        float(node.attr("p", 2)),
+        lambda at, x: at.ops.sum(x, tuple(range(2 - len(at.shape(0)), 0)), keepdims=True),
+        lambda at, r: at.ops.expand(r, at.shape(0)),
+    )
+
+
 @operator("MaxPool")
 def max_pool(node: Node) -> Operator:
     """The first cell in row-major order that equals the maximum takes all, as ONNX Runtime's Indices say (spec 3.5)."""
 
     def route(at: At, rs: Relevances) -> list[Share]:
+        if rs[0] is None:
+            return []
         window, _ = pool_window(node, at.shape(0)[2:])
         return [(0, at.ops.window_max_adjoint(rs[0], at.input(0), at.output(0), window))]
 

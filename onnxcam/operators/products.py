@@ -11,7 +11,10 @@ from onnxcam.operators.kinds import Array, At, Elementwise, Operator, Product, S
 from onnxcam.operators.registry import operator
 
 SQUASHING = {"Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Clip", "Erf", "QLinearSigmoid"}
-_TRANSPARENT = {"Mul", "Div", "Add", "Sub", "Cast", "Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand"}
+_TRANSPARENT = {
+    *("Mul", "Div", "Add", "Sub", "Cast", "Identity"),
+    *("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand"),
+}
 
 
 def squashed(node: Node, i: int) -> bool:

@@ -23,9 +23,7 @@ class _Entry:
 _ENTRIES: dict[tuple[str, str], list[_Entry]] = {}
 
 
-def operator(
-    *op_types: str, since: int = 1, until: int | None = None, domain: str = ""
-) -> Callable[[Make], Make]:
+def operator(*op_types: str, since: int = 1, until: int | None = None, domain: str = "") -> Callable[[Make], Make]:
     """Register a function from a node to its mathematics for `op_types`, opsets `since` to `until` (both included)."""
 
     def register(make: Make) -> Make:

@@ -1,6 +1,6 @@
 """Resize and Upsample: one matrix per axis.
 
-Every mode is linear in x and separable, y = A_1 ... A_k x with a matrix (output, input) for each resized axis (spec 3.7).
+Every mode is linear in x and separable, y = A_1 ... A_k x with a matrix (output, input) per resized axis (spec 3.7).
 The matrices are computed on the host as ONNX Runtime computes its coefficients, coordinates in float32 where a rounding
 decides which entry is copied, and kept per geometry. Nearest and linear interpolation are averages. The coefficients
 of cubic interpolation have both signs; the gradient uses them as they are, while relevance is shared by their positive
@@ -37,7 +37,7 @@ def coordinates(mode: str, size: int, out: int, scale: float, roi: tuple[float, 
 
     `length_resized` of the formulas is `out`, as in ONNX Runtime, also where `size * scale` is no whole number.
     """
-    x, one = np.arange(out, dtype=dtype), dtype(1)
+    x: np.ndarray = np.arange(out, dtype=dtype)
     scale = dtype(scale)
     half = (x + dtype(0.5)) / scale - dtype(0.5)
     if mode == "asymmetric":
@@ -47,7 +47,7 @@ def coordinates(mode: str, size: int, out: int, scale: float, roi: tuple[float, 
     if mode == "pytorch_half_pixel":
         return half if out > 1 else x
     if mode == "half_pixel_symmetric":
-        offset = dtype(size / 2) * (one - dtype(out) / (scale * dtype(size)))
+        offset = dtype(size / 2) * (dtype(1) - dtype(out) / (scale * dtype(size)))
         return (float(offset) + (x.astype(np.float64) + 0.5) / float(scale) - 0.5).astype(dtype)
     if mode == "tf_half_pixel_for_nn":
         return (x + dtype(0.5)) / scale

@@ -5,11 +5,12 @@ from onnxcam.operators.kinds import Operator, Statistic
 from onnxcam.operators.registry import operator
 
 STOPS = (
-    "Shape Size Range ConstantOfShape Constant EyeLike NonZero OneHot ArgMax ArgMin NonMaxSuppression "
-    "Equal Greater GreaterOrEqual Less LessOrEqual Not And Or Xor IsNaN IsInf Sign "
-    "BitShift BitwiseAnd BitwiseOr BitwiseXor BitwiseNot Mod "
-    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial"
-).split()
+    *("Shape", "Size", "Range", "ConstantOfShape", "Constant", "EyeLike", "NonZero", "OneHot", "NonMaxSuppression"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"),
+    *("ArgMax", "ArgMin", "Hardmax", "Sign", "Mod", "BitShift"),
+    *("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"),
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"),
+)
 
 
 @operator(*STOPS)

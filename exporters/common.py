@@ -1,0 +1,139 @@
+"""What every exporter does after its framework has spoken: clean the model, describe it, check it, write it.
+
+A ModelProto and a sample with the framework's own output flow in; a file flows out only if ONNX Runtime agrees with the
+framework. Nothing here imports a training framework.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from onnxcam.errors import ModelError
+from onnxcam.labels import Labels, labels_to_metadata
+from onnxcam.preprocess import Preprocess, to_metadata
+
+# Where a node comes from in the framework's model. Other node metadata (stack traces, traced code) says more about the
+# machine that exported the file than about the model, and goes.
+KEPT_NODE_METADATA = {"namespace", "pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.name_scopes"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that was written, and how closely ONNX Runtime agrees with the framework on the sample."""
+
+    path: Path
+    sha256: str
+    size: int
+    operators: Mapping[str, int]
+    opset: int
+    error: float
+
+    def summary(self) -> str:
+        """What was written, for a terminal."""
+        operators = ", ".join(f"{count} {op}" for op, count in self.operators.items())
+        return (
+            f"{self.path}: {self.size:,} bytes, opset {self.opset}, {operators}\n"
+            f"relative difference to the framework {self.error:.1e}\n"
+            f"sha256 {self.sha256}"
+        )
+
+
+def finish(
+    model: onnx.ModelProto,
+    path: Path,
+    *,
+    sample: np.ndarray,
+    expected: np.ndarray,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | None = None,
+    description: str = "",
+    tolerance: float = 1e-4,
+) -> Export:
+    """Clean, describe, check and write `model`; the file appears whole or not at all.
+
+    `sample` (N, C, H, W) is the model's only input, `expected` (N, classes) the framework's logits for it. Raises
+    `ModelError` where ONNX Runtime and the framework differ by more than `tolerance`, relative to the largest logit.
+    """
+    strip_traces(model)
+    describe(model, preprocess=preprocess, labels=labels, description=description)
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString(deterministic=True)
+    error = difference(data, sample, expected)
+    if not error <= tolerance:
+        raise ModelError(f"ONNX Runtime and the framework differ by {error:.1e} (allowed {tolerance:.0e}); not written")
+    write_atomically(path, data)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    operators = dict(Counter(node.op_type for node in model.graph.node).most_common())
+    return Export(path, hashlib.sha256(data).hexdigest(), len(data), operators, opset, error)
+
+
+def strip_traces(model: onnx.ModelProto) -> None:
+    """Remove, in place, what exporters note about the machine they ran on; module paths stay."""
+    del model.metadata_props[:]
+    for graph in graphs(model.graph):
+        del graph.metadata_props[:]
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            del value.metadata_props[:]
+        for node in graph.node:
+            node.doc_string = ""
+            kept = [entry for entry in node.metadata_props if entry.key in KEPT_NODE_METADATA]
+            del node.metadata_props[:]
+            node.metadata_props.extend(kept)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and, depth first, the graphs inside its nodes (branches of If, bodies of Loop)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from graphs(inner)
+
+
+def describe(
+    model: onnx.ModelProto,
+    *,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | None = None,
+    description: str = "",
+) -> None:
+    """Write the preprocessing, the class names and a description into the model, in place."""
+    model.doc_string = description
+    entries = to_metadata(preprocess) if preprocess else {}
+    if labels:
+        entries |= labels_to_metadata(Labels.of(labels))
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=value)
+
+
+def difference(model: bytes, sample: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference between ONNX Runtime's output and `expected`, relative to the largest expected value."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: sample})
+    if output.shape != expected.shape:
+        raise ModelError(f"ONNX Runtime gives shape {output.shape}, the framework {expected.shape}; not written")
+    return float(np.abs(output - expected).max() / np.abs(expected).max())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` and move it into place, so that no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

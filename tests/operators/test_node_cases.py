@@ -1,0 +1,175 @@
+"""Every operator against ONNX's own node test cases: our vector-Jacobian product is the derivative of the reference.
+
+The oracle is the onnx package's reference evaluator in float64, differentiated numerically; it shares no code with the
+operators. The inputs are those of the test case, moved off ties and kinks by a little noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import onnx
+import onnx.backend.test.case.base as case_base
+import onnx.reference.ops.op_pool_common as pools
+import pytest
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from onnxcam.engines.session import in_double
+from onnxcam.operators import registered
+from tests.operators.single_node import Single, Values
+
+FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
+KNOWN = FLOATS | {
+    *(TensorProto.INT64, TensorProto.INT32, TensorProto.UINT64, TensorProto.UINT32),
+    *(TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL),
+}
+
+# Operands that must be constants of the graph.
+FIXED = {
+    "BatchNormalization": (1, 2, 3, 4),
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (1, 2),
+}
+
+# Operands that say how, not what: they may be computed in the graph, but nothing is handed down to them.
+SETTINGS = {"Clip": (1, 2), "Resize": (1, 2, 3), "Upsample": (1,), "Dropout": (1, 2), "Pad": (2,), "CastLike": (1,)}
+
+# What operators do not promise: (part of the case's name, why).
+OUTSIDE = (
+    ("training", "training mode"),
+    ("dropout_random", "draws at random"),
+    ("reduction_m", "updates multiplied or compared are refused"),
+    ("scatternd_m", "updates multiplied or compared are refused"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: onnx.ModelProto
+    inputs: tuple[np.ndarray, ...]
+
+    @property
+    def node(self) -> onnx.NodeProto:
+        return self.model.graph.node[0]
+
+    def operands(self, table: dict[str, tuple[int, ...]]) -> set[str]:
+        inputs = self.node.input
+        return {inputs[i] for i in table.get(self.node.op_type, ()) if i < len(inputs)}
+
+    @property
+    def signals(self) -> list[str]:
+        """The float operands with a derivative."""
+        names = [t.name for t in self.model.graph.input]
+        others = self.operands(FIXED) | self.operands(SETTINGS)
+        return [n for n, a in zip(names, self.inputs, strict=True) if a.dtype.kind == "f" and n not in others]
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+    """ONNX's test cases of one registered node each, float operands and results; names without "test_"."""
+    # Neither the text of the cases nor the expected outputs of the pools, which take long, are needed.
+    no_text = mock.patch.object(case_base, "process_snippet", lambda op, name, export: ("", ""))
+    no_pool = mock.patch.object(pools, "pool", lambda x, shape, k, s, out, *_, **__: np.zeros((*shape[:2], *out), x.dtype))
+    with warnings.catch_warnings(), no_text, no_pool:
+        warnings.simplefilter("ignore")
+        from onnx.backend.test.case.node import collect_testcases
+
+        collected = collect_testcases(None)
+    known = {op for domain, op, _, _ in registered() if domain == ""}
+    found = {}
+    for case in collected:
+        graph = case.model.graph
+        types = [t.type.tensor_type.elem_type for t in (*graph.input, *graph.output)]
+        if len(graph.node) != 1 or graph.node[0].domain or graph.node[0].op_type not in known:
+            continue
+        if not set(types) <= KNOWN or not FLOATS & set(types[: len(graph.input)]):
+            continue
+        if types[len(graph.input)] in FLOATS and not any(part in case.name for part, _ in OUTSIDE):
+            name = case.name.removeprefix("test_")
+            found[name] = Case(name, case.model, tuple(np.asarray(a) for a in case.data_sets[0][0]))
+    return found
+
+
+def variants() -> Iterator[pytest.ParameterSet]:
+    """Each case with all operands variable, with all but the first constant, and with the first constant."""
+    for case in cases().values():
+        names, fixed, signals = [t.name for t in case.model.graph.input], case.operands(FIXED), case.signals
+        if not signals:
+            continue
+        choices = {"all": fixed, "first": set(names) - {signals[0]}, "others": fixed | {signals[0]}}
+        seen = []
+        for variant, constants in choices.items():
+            if constants not in seen and not set(signals) <= constants:
+                seen.append(constants)
+                yield pytest.param(case, constants, id=f"{case.name}-{variant}")
+
+
+def prepared(case: Case, constants: set[str]) -> tuple[onnx.ModelProto, Values]:
+    """The case in float64 with `constants` as initialisers, and noisy values for the rest."""
+    rng = np.random.default_rng(0)
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    del model.graph.input[:]
+    feeds = {}
+    for value, array in zip(case.model.graph.input, case.inputs, strict=True):
+        if "pool" in case.name:  # the reference loops over cells in Python
+            array = array[(slice(None), slice(None), *(slice(9),) * (array.ndim - 2))]
+        if value.name in case.signals and value.name not in constants:
+            array = array.astype(np.float64) + 1e-3 * rng.uniform(0.1, 1, array.shape)
+        if value.name in constants:
+            model.graph.initializer.append(numpy_helper.from_array(array, value.name))
+        else:
+            model.graph.input.append(value)
+            feeds[value.name] = array
+    return in_double(model), feeds
+
+
+@pytest.mark.parametrize("case, constants", variants())
+def test_the_product_with_a_cotangent_is_the_derivative_of_the_reference(case: Case, constants: set[str]) -> None:
+    """Oracle: central differences of onnx.reference in float64. Linear operators are exact at any step, hence 1e-10;
+    elsewhere two steps are extrapolated (error h^4, rounding 1e-12) and 1e-6 is asked."""
+    model, feeds = prepared(case, constants)
+    rng = np.random.default_rng(1)
+    reference = ReferenceEvaluator(model)
+    names = [t.name for t in model.graph.output]
+    outputs = dict(zip(names, reference.run(None, feeds), strict=True))
+    single = Single(model, feeds, [outputs.get(o) for o in case.node.output])
+
+    targets = 2
+    starts = {
+        name: rng.standard_normal((targets, *y.shape))
+        for name, y in outputs.items()
+        if y.dtype.kind == "f" and (case.node.op_type == "Split" or name == case.node.output[0])
+    }
+    directions = {name: rng.standard_normal(a.shape) for name, a in feeds.items() if name in case.signals}
+    back = single.back(starts)
+
+    def along(step: float) -> np.ndarray:
+        """Differences of <start, output>, (targets,)."""
+        ends = []
+        for sign in (0.5, -0.5):
+            moved = feeds | {n: feeds[n] + sign * step * d for n, d in directions.items()}
+            ends.append(dict(zip(names, reference.run(None, moved), strict=True)))
+        return sum(
+            ((ends[0][n] - ends[1][n]) * u).reshape(targets, -1).sum(1) / step for n, u in starts.items()
+        )
+
+    got, scale = np.zeros(targets), np.full(targets, 1e-12)
+    for name, direction in directions.items():
+        if name in back:
+            assert back[name].shape == (targets, *direction.shape)
+            got += (back[name] * direction).reshape(targets, -1).sum(1)
+            scale += np.linalg.norm(back[name].reshape(targets, -1), axis=1) * np.linalg.norm(direction)
+    linear = single.operator.kind in ("linear", "additive") or (
+        single.operator.kind == "averaging" and single.operator.gradient is None
+    )
+    expected = along(1.0) if linear else (4 * along(1e-4) - along(2e-4)) / 3
+    assert np.abs(got - expected).max() <= (1e-10 if linear else 1e-6) * scale.max()

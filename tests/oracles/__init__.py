@@ -1,0 +1,1 @@
+"""Independent references. Nothing in here imports onnxcam."""
