@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnxcam.composites import composite as find_composite, describe
 from onnxcam.errors import ModelError
-from onnxcam.graph import Graph, Node
+from onnxcam.graph import Graph, Node, Shape
 from onnxcam.operators import lookup
 from onnxcam.operators.kinds import Operator, Product
 from onnxcam.propagate import LINEAR_OPS, first_linear
@@ -59,6 +59,24 @@ class Check:
         return sum(row.walk_macs for row in self.rows)
 
 
+def why_no_logits(graph: Graph, logits: str) -> str | None:
+    """Why an explanation cannot begin at this tensor, as far as the graph tells; None where nothing speaks against."""
+    shape, dtype = graph.shape(logits), graph.dtype(logits)
+    if dtype is not None and dtype.kind != "f":
+        return f"the logits ({logits!r}) are {dtype.name}, not floats: onnxcam cannot start there"
+    if shape is not None and sum(n != 1 for n in shape[1:]) > 1:
+        return no_classifier(logits, shape)
+    return None
+
+
+def no_classifier(output: str, shape: Shape) -> str:
+    sizes = ", ".join(map(str, shape))
+    return (
+        f"the output ({output!r}) has shape ({sizes}): onnxcam explains classifiers, whose output is (N, classes); "
+        "name another output with --output"
+    )
+
+
 def check(model: Model, composite: str = "relevance_cam") -> Check:
     """Follow relevance from the logits to the input without computing any.
 
@@ -76,6 +94,9 @@ def check(model: Model, composite: str = "relevance_cam") -> Check:
         if not any(name in reached for name in node.outputs):
             continue
         macs = _macs(graph, node)
+        if found.logits in node.outputs and (reason := why_no_logits(graph, found.logits)):
+            rows.append(Row(node.name, node.op_type, None, None, reason, macs))
+            continue
         try:
             operator = lookup(node)
         except ModelError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from onnxcam.check import no_classifier, why_no_logits
 from onnxcam.composites import Composite, composite as find_composite
 from onnxcam.engines.array import ArrayOps, array_ops
 from onnxcam.engines.session import ReferenceSession, RuntimeSession
@@ -66,6 +67,11 @@ def explain(
         UsageError: something that was asked for does not exist or does not fit the model.
         ModelError: the model cannot be explained there; the message names the node.
     """
+    if dtype not in ("float32", "float64"):
+        raise UsageError(f"relevance is float32 or float64, not {dtype!r}")
+    if batch_size < 1:
+        raise UsageError(f"a batch holds 1 image or more, not {batch_size}")
+    providers = [providers] if isinstance(providers, str) else list(providers)
     chosen = find_method(method)
     rules = find_composite(composite or chosen.composite)
     begin = find_start(start or chosen.start)
@@ -75,7 +81,10 @@ def explain(
     size = tuple(arrays[0].shape[2:]) if model.spec.layout != "NHWC" else tuple(arrays[0].shape[1:3])
     if model.spec.layout is None:
         size = tuple(arrays[0].shape[1:])
-    found = model.resolve([layers] if isinstance(layers, str | int) else layers, size)
+    canonical = model.canonical(size)
+    if reason := why_no_logits(canonical.graph, canonical.logits):
+        raise ModelError(reason)
+    found = model.resolve(_layers(layers), size)
     plan = _plan(model, size, found, rules, dtype, providers)
     rules = _boxed(rules, model, np.concatenate(arrays))
 
@@ -133,13 +142,15 @@ def _inputs(model: Model, images: Any) -> tuple[list[Picture], list[np.ndarray]]
     """Pictures and the arrays (1, ...) made of them."""
     if isinstance(images, np.ndarray):
         return _arrays(model, images)
-    listed = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+    listed = [images] if isinstance(images, str | Path | Image.Image) else _list("pictures", images)
     if not listed:
         raise UsageError("there is no picture to explain")
     if model.spec.layout is None:
         raise UsageError(f"{model.spec.why_no_image}; from Python, pass the input as an array")
     pictures, arrays = [], []
     for i, item in enumerate(listed):
+        if not isinstance(item, str | Path | Image.Image):
+            raise UsageError(f"{type(item).__name__} is no picture: give paths, PIL pictures, or one array (N, ...)")
         picture = item if isinstance(item, Image.Image) else open_image(item)
         prepared = model.preprocess.apply(picture, model.spec)
         name = f"image-{i}" if isinstance(item, Image.Image) else str(item)
@@ -160,6 +171,8 @@ def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], list[np.nda
         raise UsageError(f"the array has shape {array.shape}, but input {model.spec.name!r} wants {text}")
     if not len(array):
         raise UsageError("the array holds no image: its first axis is 0")
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"the array holds {array.dtype}, not numbers that input {model.spec.name!r} could take")
     array = np.ascontiguousarray(array.astype(model.spec.dtype))
     return [Picture(f"array-{i}", None) for i in range(len(array))], [array]
 
@@ -209,7 +222,9 @@ def _explain_batch(
     canonical = plan.canonical
     graph, logits_name = canonical.graph, canonical.logits
     taps = plan.session.run({model.spec.name: array})
-    logits = _as_rows(taps[logits_name], len(array), logits_name)
+    logits = _as_rows(taps[logits_name], len(array))
+    if logits is None:
+        raise ModelError(no_classifier(logits_name, taps[logits_name].shape))
     if not np.isfinite(logits).all():
         raise ModelError(f"the model's logits ({logits_name!r}) are not finite on this input: check the preprocessing")
     classes = choose_targets(_listed(wanted), logits, model.labels)
@@ -239,18 +254,11 @@ def _explain_batch(
     )
 
 
-def _as_rows(logits: np.ndarray, images: int, name: str) -> np.ndarray:
-    """Logits as (N, K), whatever axes of length 1 the file gives them."""
-    if logits.dtype.kind != "f":
-        raise ModelError(f"the logits ({name!r}) are {logits.dtype.name}, not floats: onnxcam cannot start there")
+def _as_rows(logits: np.ndarray, images: int) -> np.ndarray | None:
+    """Logits as (N, K), whatever axes of length 1 the file gives them; None where they are none of a classifier."""
     if logits.ndim >= 2 and logits.shape[0] == images and logits.size == images * max(logits.shape[1:]):
         return logits.reshape(images, -1)
-    if logits.ndim == 1 and images == 1:
-        return logits[None]
-    raise ModelError(
-        f"the output ({name!r}) has shape {logits.shape}: onnxcam explains classifiers, whose output is (N, classes); "
-        "name another output with --output"
-    )
+    return logits[None] if logits.ndim == 1 and images == 1 else None
 
 
 def _probabilities(logits: np.ndarray, squash: str | None) -> np.ndarray:
@@ -262,7 +270,20 @@ def _probabilities(logits: np.ndarray, squash: str | None) -> np.ndarray:
 def _listed(targets: Sequence[Target] | Target | None) -> list[Target]:
     if targets is None:
         return ["predicted"]
-    return [targets] if isinstance(targets, str | int | np.integer) else list(targets)
+    return [targets] if isinstance(targets, str | int | np.integer) else _list("targets", targets)
+
+
+def _layers(layers: Any) -> list[Any]:
+    listed = [layers] if isinstance(layers, str | int | np.integer | Layer) else _list("layers", layers)
+    if not listed:
+        raise UsageError("there is no layer to explain")
+    return listed
+
+
+def _list(what: str, given: Any) -> list[Any]:
+    if not isinstance(given, Iterable):
+        raise UsageError(f"{what}: {given!r} is neither one of them nor a list of them")
+    return list(given)
 
 
 def _warnings(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from onnxcam.errors import UsageError
 from onnxcam.files import safe_name, writable_folder, write_atomically
 from onnxcam.layers import Layer
 
@@ -157,6 +158,10 @@ class Explanation:
     options: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        maps = ", ".join(f"{name} {heat.shape}" for name, heat in self.maps.items())
+        return f"<onnxcam.Explanation of {self.model.name}: {self.options['method']}, maps {maps}>"
+
     def label(self, image: int, target: int) -> str:
         return self.model.labels.name(int(self.targets[image, target]))
 
@@ -173,14 +178,20 @@ class Explanation:
         """One map drawn over what the model saw, with a colour bar and a caption; options as `render.overlay`.
 
         Raises:
-            ValueError: the input was an array, or the map is not two-dimensional: there is nothing to draw on.
+            UsageError: there is no such layer, image or target; the input was an array, or the map is not
+                two-dimensional: there is nothing to draw on.
         """
         from onnxcam.render.overlay import overlay
 
         name = layer if layer is not None else next(iter(self.maps))
+        if name not in self.maps:
+            raise UsageError(f"there is no map of layer {name!r}; there is {', '.join(self.maps)}")
+        images, targets = self.targets.shape
+        if not (-images <= image < images and -targets <= target < targets):
+            raise UsageError(f"there is no map of image {image}, target {target}: there are {images} and {targets}")
         heat, view = self.maps[name][image, target], self.pictures[image].view
         if view is None or heat.ndim != 2:
-            raise ValueError("there is no picture to draw the map on: the input was an array, or the map is no image")
+            raise UsageError("there is no picture to draw the map on: the input was an array, or the map is no image")
         return overlay(view, heat, caption=self.caption(name, image, target), **options)
 
     def caption(self, layer: str, image: int, target: int) -> list[str]:
@@ -207,13 +218,14 @@ class Explanation:
         folder = writable_folder(out)
         written: list[Path] = []
         entries = []
+        stems = self._stems()
         for i, (picture, directory) in enumerate(zip(self.pictures, self.folders(), strict=True)):
             place = writable_folder(folder / directory)
             targets = []
             for t in range(self.targets.shape[1]):
                 files = {}
                 for name in self.maps:
-                    stem = f"class-{self.targets[i, t]}-layer-{safe_name(self.layers[name].node)}"
+                    stem = f"class-{self.targets[i, t]}-layer-{stems[name]}"
                     heat = self.maps[name][i, t]
                     written.append(write_atomically(place / f"{stem}.npy", lambda s, a=heat: np.save(s, a)))  # type: ignore[misc]
                     files[name] = {
@@ -242,14 +254,33 @@ class Explanation:
         written.append(write_atomically(folder / "manifest.json", lambda s: s.write(text.encode() + b"\n")))
         return written
 
+    def _stems(self) -> dict[str, str]:
+        """What each layer is called in file names: its node, or its tensor where another layer has the node's name.
+
+        Names that differ in capitals only are told apart too: some file systems do not.
+        """
+        stems: dict[str, str] = {}
+        tensors: dict[str, str] = {}  # stem, in small letters -> tensor
+        for name, layer in self.layers.items():
+            stem, k = safe_name(layer.node), 2
+            if tensors.get(stem.lower(), layer.tensor) != layer.tensor:
+                stem = safe_name(layer.tensor)
+            first = stem
+            while tensors.setdefault(stem.lower(), layer.tensor) != layer.tensor:
+                stem, k = f"{first}-{k}", k + 1
+            stems[name] = stem
+        return stems
+
     def folders(self) -> list[str]:
         """A folder name for each picture: its stem, numbered where two pictures share one."""
         names: list[str] = []
+        taken: set[str] = set()  # in small letters: some file systems do not tell capitals apart
         for picture in self.pictures:
             stem = safe_name(Path(picture.name).stem)
             name, k = stem, 2
-            while name in names:
+            while name.lower() in taken:
                 name, k = f"{stem}-{k}", k + 1
+            taken.add(name.lower())
             names.append(name)
         return names
 

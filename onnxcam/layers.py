@@ -312,18 +312,21 @@ def resolve(text: str | int, names: Names, rows: Sequence[Layer]) -> list[str] |
         return wanted
     if re.fullmatch(r"-\d+", text):
         if int(text) < -len(suggested):
-            raise UsageError(f"layer {text}: there are {len(suggested)} suggested layers; see `onnxcam layers`")
+            limits = f"-1 to -{len(suggested)}" if suggested else "there is none"
+            raise UsageError(f"layer {text}: negative numbers count suggested layers, {limits}; see `onnxcam layers`")
         return [suggested[int(text)]]
+    by_node = {r.node: r for r in rows}
     if (node := names.node(text)) is not None:
-        return [activation_output(names.raw, node.outputs[0])]
+        return [by_node[node.name]] if node.name in by_node else [activation_output(names.raw, node.outputs[0])]
     if text in names.tensors:
         return [text]
     if re.fullmatch(r"\d+", text):
         if int(text) >= len(rows):
-            raise UsageError(f"layer {text}: the listing ends at {len(rows) - 1}; see `onnxcam layers`")
+            limits = f"layers run from 0 to {len(rows) - 1}" if rows else "this model has no layer with a map"
+            raise UsageError(f"there is no layer {text}: {limits}; see `onnxcam layers`")
         return [rows[int(text)]]
     if (last := names.last_in_module(text)) is not None:
-        return [activation_output(names.raw, last.outputs[0])]
+        return [by_node[last.name]] if last.name in by_node else [activation_output(names.raw, last.outputs[0])]
     if any(c in text for c in "*?["):
         found = [r for r in rows if any(fnmatch.fnmatchcase(s, text) for s in (r.node, r.tensor, r.path) if s)]
         if found:

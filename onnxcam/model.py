@@ -134,7 +134,7 @@ class Model:
         rows: list[Layer] = found.cache[key]
         return rows
 
-    def resolve(self, typed: Sequence[str | int], size: Size | None = None) -> dict[str, Layer]:
+    def resolve(self, typed: Sequence[str | int | Layer], size: Size | None = None) -> dict[str, Layer]:
         """Layers by the name they are reported under: as typed where that means one, else the node's name.
 
         Raises:
@@ -144,6 +144,9 @@ class Model:
         by_tensor = {row.tensor: row for row in rows}
         out: dict[str, Layer] = {}
         for text in typed:
+            if isinstance(text, Layer):
+                out[text.node] = by_tensor.get(text.tensor) or self._unlisted(text.tensor, size)
+                continue
             meant = resolve(text, self.names, rows)
             if len(meant) == 1:
                 one = meant[0]
@@ -159,6 +162,8 @@ class Model:
         graph = found.graph
         if tensor not in graph:
             raise UsageError(f"tensor {tensor!r} is a constant of the model: there is nothing to explain at it")
+        if tensor == found.logits:
+            raise UsageError(f"tensor {tensor!r} is the logits, where explanations begin; name a layer before it")
         if not graph.between([tensor], found.logits):
             raise UsageError(
                 f"tensor {tensor!r} does not lead to the logits ({found.logits!r}): nothing flows back to it"

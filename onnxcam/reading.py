@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import onnx.external_data_helper as external
 import onnx.inliner
-import onnxruntime as ort
 
 from onnxcam.errors import ModelError, UsageError
+from onnxcam.runtime import onnxruntime
 
 OLDEST_OPSET = 7
 TRAINING_DOMAINS = frozenset(("ai.onnx.training", "ai.onnx.preview.training"))
@@ -228,11 +228,14 @@ def _check(proto: onnx.ModelProto, path: Path | None, name: str) -> None:
     except Exception as error:  # ValidationError, but also UnicodeDecodeError, DecodeError, RuntimeError, ...
         try:
             _load_with_runtime(proto, path)
+        except UsageError:
+            raise
         except Exception:  # ONNX Runtime's errors share no base.
             raise ModelError(f"{name} is no valid ONNX model: {_line(error)}") from error
 
 
 def _load_with_runtime(proto: onnx.ModelProto, path: Path | None) -> None:
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

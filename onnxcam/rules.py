@@ -56,31 +56,32 @@ def share(f: LinearMap, r: Array, terms: Sequence[Term], bias: Array | None, eps
     return carry_back(f, quotient(f.ops, r, z if bias is None else z + bias, eps), terms)
 
 
-def parts_of(f: LinearMap) -> tuple[Array, Array | None, Array | None, Array | None]:
-    """x+, x- (None where x has no negative entry), W+ and W-.
-
-    Fixed coefficients are their own positive part; their negative part is None, and a term with it is empty.
-    """
-    ops = f.ops
-    if f.weight is None:
-        positive = negative = None
-    else:
-        positive, negative = f.part("positive", ops.positive), f.part("negative", ops.negative)
-    if ops.any_negative(f.x):
-        return ops.positive(f.x), ops.negative(f.x), positive, negative
-    return f.x, None, positive, negative
-
-
 def same_sign(f: LinearMap) -> list[Term]:
-    """The terms of the positive contributions: x+ W+ and x- W-."""
-    xp, xn, wp, wn = parts_of(f)
-    return [(xp, wp)] + ([(xn, wn)] if xn is not None and f.weight is not None else [])
+    """The terms of the positive contributions: x+ W+ and x- W-.
+
+    Fixed coefficients are their own positive part and have no negative one. A term is left out where it is empty: no
+    weight is split, nor anything computed, for entries that are not there.
+    """
+    if not f.ops.any_negative(f.x):
+        return [(f.x, _positive(f))]
+    terms = [(f.ops.positive(f.x), _positive(f))]
+    return terms if f.weight is None else [*terms, (f.ops.negative(f.x), _negative(f))]
 
 
 def opposite_sign(f: LinearMap) -> list[Term]:
     """The terms of the negative contributions: x+ W- and x- W+."""
-    xp, xn, wp, wn = parts_of(f)
-    return ([(xp, wn)] if f.weight is not None else []) + ([(xn, wp)] if xn is not None else [])
+    if not f.ops.any_negative(f.x):
+        return [] if f.weight is None else [(f.x, _negative(f))]
+    terms = [(f.ops.negative(f.x), _positive(f))]
+    return terms if f.weight is None else [(f.ops.positive(f.x), _negative(f)), *terms]
+
+
+def _positive(f: LinearMap) -> Array | None:
+    return None if f.weight is None else f.part("positive", f.ops.positive)
+
+
+def _negative(f: LinearMap) -> Array | None:
+    return None if f.weight is None else f.part("negative", f.ops.negative)
 
 
 class LinearRule:
@@ -217,8 +218,7 @@ class ZBox(LinearRule):
         low, high = (ops.zeros_like(f.x) + ops.asarray(np.asarray(v)) for v in (self.low, self.high))
         if f.weight is None:
             return share(f, r, [(f.x - low, None)], None, self.eps)
-        wp, wn = f.part("positive", ops.positive), f.part("negative", ops.negative)
-        return share(f, r, [(f.x, f.weight), (-low, wp), (-high, wn)], None, self.eps)
+        return share(f, r, [(f.x, f.weight), (-low, _positive(f)), (-high, _negative(f))], None, self.eps)
 
 
 def _bias_part(f: LinearMap, policy: Bias, positive: bool) -> Array | None:

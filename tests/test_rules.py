@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import matrices
 from oracles.matrices import Matrix
 from walking import as_written, everywhere, network, relative

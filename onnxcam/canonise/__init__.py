@@ -19,7 +19,7 @@ from onnxcam.canonise.affine import fold_into_consumers, fold_into_producers
 from onnxcam.canonise.branches import take_branches
 from onnxcam.canonise.constants import fold_constants, lower_constants
 from onnxcam.canonise.identities import drop_identities
-from onnxcam.canonise.inference import infer, infer_with_runtime
+from onnxcam.canonise.inference import ask_runtime, infer
 from onnxcam.canonise.names import name_nodes
 from onnxcam.canonise.order import tidy
 from onnxcam.canonise.shapes import fold_shapes
@@ -66,21 +66,24 @@ def canonise(
     with G_LOGGER.suppress():
         graph = gs.import_onnx(model)
         specialise(graph, shapes or {})
+        tidy(graph, keep)
+        infer(graph)
         _until_stable(graph, SIMPLIFY, keep)
         refuse_training(graph, keep)
         if fold_batchnorm:
             _until_stable(graph, (fold_into_producers,), keep)
             _until_stable(graph, (fold_into_consumers, fold_into_producers), keep)
-        infer_with_runtime(graph)
+        ask_runtime(graph)
     return graph
 
 
 def _until_stable(graph: gs.Graph, passes: tuple[Pass, ...], keep: frozenset[str]) -> None:
-    """Run `passes` in turn, with fresh shapes for each round, until a whole round changes nothing."""
+    """Run `passes` in turn, with fresh shapes after each round, until a whole round changes nothing."""
     changed = True
     while changed:
-        tidy(graph, keep)
-        infer(graph)
         changed = False
         for step in passes:
             changed |= step(graph, protected(graph, keep))
+        if changed:
+            tidy(graph, keep)
+            infer(graph)

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcam.canonise.linear import LINEAR, geometry, shift_map, shift_taps
 from onnxcam.canonise.names import unique
-from onnxcam.canonise.surgery import constant, detach, has, set_constant, static
+from onnxcam.canonise.surgery import Names, constant, detach, has, set_constant, static
 
 
 class Affine(NamedTuple):
@@ -56,13 +56,15 @@ ARITHMETIC = {
 
 def fold_into_producers(graph: gs.Graph, protected: frozenset[str]) -> bool:
     """Merge affine maps into the linear operator before them; True where one could be."""
-    folded = [_into_producer(graph, chain, protected) for chain in list(_chains(graph, protected))]
+    names = Names(graph, protected)
+    folded = [_into_producer(chain, names) for chain in list(_chains(graph, protected))]
     return any(folded)
 
 
 def fold_into_consumers(graph: gs.Graph, protected: frozenset[str]) -> bool:
     """Merge affine maps into the linear operator after them; True where one could be."""
-    folded = [_into_consumer(graph, chain, protected) for chain in list(_chains(graph, protected))]
+    names = Names(graph, protected)
+    folded = [_into_consumer(graph, chain, names) for chain in list(_chains(graph, protected))]
     return any(folded)
 
 
@@ -175,18 +177,18 @@ def _fits(values: np.ndarray, dtype: np.dtype) -> bool:
         return bool(np.all(np.isfinite(values.astype(dtype).astype(np.float64))))
 
 
-def _store(graph: gs.Graph, node: gs.Node, weight: np.ndarray, bias: np.ndarray) -> bool:
+def _store(node: gs.Node, weight: np.ndarray, bias: np.ndarray, names: Names) -> bool:
     """Give `node` a new weight and bias, in the old weight's dtype; False, and no change, where they do not fit in
     it."""
     dtype = node.inputs[1].values.dtype
     if not (_fits(weight, dtype) and _fits(bias, dtype)):
         return False
-    set_constant(graph, node, 1, weight.astype(dtype), f"{node.name}_weight")
+    set_constant(node, 1, weight.astype(dtype), f"{node.name}_weight", names)
     if np.any(bias):
         if node.op == "MatMul":
             node.op = "Gemm"
             node.attrs.clear()
-        set_constant(graph, node, 2, bias.astype(dtype), f"{node.name}_bias")
+        set_constant(node, 2, bias.astype(dtype), f"{node.name}_bias", names)
         node.attrs.pop("beta", None)
     else:
         while len(node.inputs) > 2:
@@ -194,8 +196,8 @@ def _store(graph: gs.Graph, node: gs.Node, weight: np.ndarray, bias: np.ndarray)
     return True
 
 
-def _into_producer(graph: gs.Graph, chain: Chain, protected: frozenset[str]) -> bool:
-    if not _alone(chain.before, protected) or len(chain.before.inputs) != 1:
+def _into_producer(chain: Chain, names: Names) -> bool:
+    if not _alone(chain.before, names.protected) or len(chain.before.inputs) != 1:
         return False
     node = chain.before.inputs[0]
     weight = _linear_weight(node)
@@ -205,7 +207,7 @@ def _into_producer(graph: gs.Graph, chain: Chain, protected: frozenset[str]) -> 
     channels = (linear.out_channels(node, weight),)
     scale = np.broadcast_to(chain.affine.scale, channels)
     shift = np.broadcast_to(chain.affine.shift, channels)
-    if not _store(graph, node, linear.scale_out(node, weight, scale), _bias(node) * scale + shift):
+    if not _store(node, linear.scale_out(node, weight, scale), _bias(node) * scale + shift, names):
         return False
     for link in chain.nodes:
         detach(link)
@@ -213,12 +215,12 @@ def _into_producer(graph: gs.Graph, chain: Chain, protected: frozenset[str]) -> 
     return True
 
 
-def _into_consumer(graph: gs.Graph, chain: Chain, protected: frozenset[str]) -> bool:
+def _into_consumer(graph: gs.Graph, chain: Chain, names: Names) -> bool:
     # A lone number between two operators is mostly part of an activation's formula, as in x * clip(x + 3, 0, 6) / 6,
     # and scaling everything alike changes no relevance.
     if not (chain.affine.per_channel or any(chain.before is t for t in graph.inputs)):
         return False
-    if not _alone(chain.after, protected):
+    if not _alone(chain.after, names.protected):
         return False
     node = chain.after.outputs[0]
     weight = _linear_weight(node)
@@ -233,14 +235,14 @@ def _into_consumer(graph: gs.Graph, chain: Chain, protected: frozenset[str]) -> 
         return False
     weight = linear.scale_in(node, weight, scale)
     if shifted.ndim < 2:
-        if not _store(graph, node, weight, _bias(node) + shifted):
+        if not _store(node, weight, _bias(node) + shifted, names):
             return False
     else:
         bias_map = shifted + _bias(node).reshape(1, -1, *[1] * (shifted.ndim - 2))
         dtype = node.inputs[1].values.dtype
-        if not (_fits(bias_map, dtype) and _store(graph, node, weight, ZERO)):
+        if not (_fits(bias_map, dtype) and _store(node, weight, ZERO, names)):
             return False
-        _add_after(graph, node, bias_map.astype(dtype))
+        _add_after(graph, node, bias_map.astype(dtype), names)
     for link in chain.nodes:
         detach(link)
     node.inputs[0] = chain.before
@@ -270,12 +272,11 @@ def _shifted(node: gs.Node, weight: np.ndarray, shift: np.ndarray, shape: list[i
     return None if size is None else shift_map(taps, where, size)
 
 
-def _add_after(graph: gs.Graph, node: gs.Node, values: np.ndarray) -> None:
+def _add_after(graph: gs.Graph, node: gs.Node, values: np.ndarray, names: Names) -> None:
     """Let an Add of the constant `values` follow `node` and make the tensor that `node` made."""
-    names = frozenset(graph.tensors())
     output = node.outputs[0]
-    inner = gs.Variable(unique(f"{output.name}_unbiased", names))
+    inner = gs.Variable(names.fresh(f"{output.name}_unbiased"))
+    bias_map = gs.Constant(names.fresh(f"{node.name}_bias_map"), values)
     node.outputs[0] = inner
-    values = gs.Constant(unique(f"{node.name}_bias_map", names), values)
     name = unique(f"{node.name}_bias", frozenset(n.name for n in graph.nodes))
-    graph.nodes.append(gs.Node("Add", name, {}, [inner, values], [output]))
+    graph.nodes.append(gs.Node("Add", name, {}, [inner, bias_map], [output]))

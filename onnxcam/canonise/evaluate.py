@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
+from onnxcam.runtime import onnxruntime
 
-def session(model: onnx.ModelProto) -> ort.InferenceSession:
+
+def session(model: onnx.ModelProto) -> Any:
     """A quiet session on the CPU that runs `model` as it is written, without fusions."""
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -59,9 +62,13 @@ def _twin(tensor: gs.Tensor) -> gs.Tensor:
     return gs.Constant(tensor.name, tensor._values) if isinstance(tensor, gs.Constant) else gs.Variable(tensor.name)
 
 
+def opsets(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
+    """The opsets `graph` imports, as a list of its own: graph surgeon's export appends to the one it is given."""
+    return list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
+
+
 def _part(graph: gs.Graph, nodes: Sequence[gs.Node], wanted: Sequence[gs.Tensor]) -> onnx.ModelProto:
-    domains = None if graph.import_domains is None else list(graph.import_domains)
-    versions = {"opset": graph.opset, "import_domains": domains, "ir_version": graph.ir_version}
+    versions = {"opset": graph.opset, "import_domains": opsets(graph), "ir_version": graph.ir_version}
     model = gs.export_onnx(gs.Graph(list(nodes), [], list(wanted), **versions), do_type_check=False)
     del model.graph.value_info[:]
     return model

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnxcam.canonise.evaluate import session
+from onnxcam.canonise.evaluate import opsets, session
 
 # Constants up to this many elements may be shapes, axes or indices, whose values shape inference needs.
 SMALL = 4096
@@ -59,9 +60,8 @@ def infer(graph: gs.Graph) -> None:
             tensor.shape = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in kind.shape.dim]
 
 
-def infer_with_runtime(graph: gs.Graph) -> None:
-    """As `infer`, and then ask ONNX Runtime about the tensors whose shape or dtype is still unknown."""
-    infer(graph)
+def ask_runtime(graph: gs.Graph) -> None:
+    """Ask ONNX Runtime about the tensors whose shape or dtype `infer` could not tell."""
     unknown = {t.name: t for t in _inner(graph) if t.shape is None or t.dtype is None}
     if not unknown:
         return
@@ -83,16 +83,21 @@ def infer_with_runtime(graph: gs.Graph) -> None:
 
 
 def skeleton(graph: gs.Graph) -> onnx.ModelProto:
-    """The model of `graph` with every large constant turned into an input of its type."""
-    copy = graph.copy()
-    copy.import_domains = None if graph.import_domains is None else list(graph.import_domains)
-    for tensor in copy.tensors().values():
-        if isinstance(tensor, gs.Constant) and np.prod(tensor.shape, dtype=np.int64) > SMALL:
-            dtype, shape = tensor.dtype, list(tensor.shape)
-            tensor.to_variable(dtype, shape)
-            tensor.type = "tensor_type"
-            copy.inputs.append(tensor)
-    return gs.export_onnx(copy, do_type_check=False)
+    """The model of `graph`, its inner shapes left out, with every large constant turned into an input of its type."""
+    inputs: list[gs.Tensor] = list(graph.inputs)
+    weights: list[gs.Constant] = []
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            large = np.prod(tensor.shape, dtype=np.int64) > SMALL
+            (inputs if large else weights).append(tensor)
+    proto = onnx.helper.make_graph(
+        [OnnxExporter.export_node(node) for node in graph.nodes],
+        graph.name or "graph",
+        [OnnxExporter.export_value_info_proto(tensor, do_type_check=False) for tensor in inputs],
+        [OnnxExporter.export_value_info_proto(tensor, do_type_check=False) for tensor in graph.outputs],
+        [OnnxExporter.export_tensor_proto(tensor) for tensor in weights],
+    )
+    return onnx.helper.make_model(proto, opset_imports=opsets(graph), ir_version=graph.ir_version)
 
 
 def _inner(graph: gs.Graph) -> list[gs.Variable]:

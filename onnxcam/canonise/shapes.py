@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxcam.canonise.names import unique
-from onnxcam.canonise.surgery import constant, has, static
+from onnxcam.canonise.surgery import Names, constant, has, static
 
 Vector = np.ndarray
 
@@ -83,10 +82,10 @@ def fold_shapes(graph: gs.Graph, protected: frozenset[str]) -> bool:
     for node in graph.nodes:
         if node.op in ("Shape", "Size") or any(t.name in vectors for t in node.inputs):
             changed |= _step(node, vectors, protected)
-    taken = set(graph.tensors())
+    names = Names(graph, protected)
     for node in graph.nodes:
         if node.op == "Reshape" and constant(node, 1) is None:
-            changed |= _settle(node, vectors.get(node.inputs[1].name), taken)
+            changed |= _settle(node, vectors.get(node.inputs[1].name), names)
     return changed
 
 
@@ -111,7 +110,7 @@ def _step(node: gs.Node, vectors: dict[str, Vector], protected: frozenset[str]) 
     return True
 
 
-def _settle(node: gs.Node, vector: Vector | None, taken: set[str]) -> bool:
+def _settle(node: gs.Node, vector: Vector | None, names: Names) -> bool:
     """Give a Reshape with a computed target a constant one: 0 for an axis that stays, -1 for one that is free.
 
     The target is known from the `vector` that was computed, else from the output's inferred shape.
@@ -132,9 +131,7 @@ def _settle(node: gs.Node, vector: Vector | None, taken: set[str]) -> bool:
             dims.append(0 if stays and not node.attrs.get("allowzero", 0) else -1)
     if dims.count(-1) > 1 or any(size == 0 for size in sizes):
         return False
-    name = unique(f"{node.name}_shape", taken)
-    taken.add(name)
-    node.inputs[1] = gs.Constant(name, np.array(dims, np.int64))
+    node.inputs[1] = gs.Constant(names.fresh(f"{node.name}_shape"), np.array(dims, np.int64))
     return True
 
 

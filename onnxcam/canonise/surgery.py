@@ -10,6 +10,20 @@ import onnx_graphsurgeon as gs
 from onnxcam.canonise.names import unique
 
 
+class Names:
+    """The names a pass may not touch, and those that tensors already have."""
+
+    def __init__(self, graph: gs.Graph, protected: frozenset[str]):
+        self.protected = protected
+        self._taken = set(graph.tensors())
+
+    def fresh(self, name: str) -> str:
+        """`name`, with a suffix where a tensor already has it; from now on it is taken."""
+        name = unique(name, self._taken)
+        self._taken.add(name)
+        return name
+
+
 def protected(graph: gs.Graph, keep: frozenset[str]) -> frozenset[str]:
     """Names of tensors whose name and values must stay: `keep`, the graph's outputs, and what a subgraph hands out."""
     names = set(keep)
@@ -75,15 +89,14 @@ def detach(node: gs.Node) -> None:
     node.outputs.clear()
 
 
-def set_constant(graph: gs.Graph, node: gs.Node, i: int, values: np.ndarray, name: str) -> None:
+def set_constant(node: gs.Node, i: int, values: np.ndarray, name: str, names: Names) -> None:
     """Make `values` the `i`-th input of `node`, under the name of the constant it replaces where no other node reads
     that.
 
-    A constant that others read, or that is named by nobody yet, gives way to a new one called `name`.
+    A constant that others read, or that is to stay, gives way to a new one called `name`, or so where that is taken.
     """
     while len(node.inputs) <= i:
         node.inputs.append(gs.Variable.empty())
     old = node.inputs[i]
-    alone = isinstance(old, gs.Constant) and len(old.outputs) == 1 and all(old is not t for t in graph.outputs)
-    fresh = old.name if alone else unique(name, frozenset(graph.tensors()))
-    node.inputs[i] = gs.Constant(fresh, np.ascontiguousarray(values))
+    own = isinstance(old, gs.Constant) and len(old.outputs) == 1 and old.name not in names.protected
+    node.inputs[i] = gs.Constant(old.name if own else names.fresh(name), np.ascontiguousarray(values))

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from onnxcam import __version__
 from onnxcam.cli import check, explain, layers
@@ -18,8 +19,15 @@ from onnxcam.errors import OnnxcamError
 COMMANDS = (explain, layers, check)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"onnxcam: error: {message}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="onnxcam", description="Explain ONNX image models on the ONNX graph itself: where did the model look?"
     )
     top.add_argument("--version", action="version", version=f"onnxcam {__version__}")
@@ -44,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; so that Python does not complain on the way out, neither is there a stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk behind standard output, say
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 2)
     except MemoryError:
         return _fail("out of memory: explain fewer images at a time (--batch-size 1) or fewer layers", 1)
     except Exception as error:

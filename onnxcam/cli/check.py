@@ -18,6 +18,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.set_defaults(run=run_check)
 
 
+def _macs(count: int) -> str:
+    """Multiply-adds in a unit that leaves three digits."""
+    return f"{count / 1e9:.3g} GMAC" if count >= 1e9 else f"{count / 1e6:.3g} MMAC"
+
+
 def run_check(arguments: argparse.Namespace) -> int:
     found = load_model(arguments).check(arguments.composite)
     problems = found.problems
@@ -35,24 +40,21 @@ def run_check(arguments: argparse.Namespace) -> int:
             )
         )
         return ModelError.exit_code if problems else 0
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from onnxcam.cli.tables import print_table, say
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("node", "op", "kind", "rule"):
-        table.add_column(column, overflow="fold")
-    for row in found.rows:
-        if row.reason is None:
-            table.add_row(escape(row.node), row.op_type, row.kind, escape(row.rule or ""))
-        else:
-            table.add_row(escape(row.node), row.op_type, "none", escape(row.reason), style="bold red")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"from the logits {found.logits!r} to the input: {len(found.rows)} nodes, {len(problems)} without an operator; "
-        f"forward {found.macs / 1e9:.2f} GMAC, relevance to the input about {found.walk_macs / 1e9:.2f} GMAC a target",
-        soft_wrap=True,
-        markup=False,
+    print_table(
+        ("node", "op", "kind", "rule"),
+        [
+            ((row.node, row.op_type, row.kind or "none", row.rule or "none"), "bold red" if row.reason else "")
+            for row in found.rows
+        ],
     )
+    say(
+        f"from the logits {found.logits!r} to the input: {len(found.rows)} nodes; forward {_macs(found.macs)}, "
+        f"relevance to the input about {_macs(found.walk_macs)} a target"
+    )
+    for row in problems:
+        say(f"cannot be explained: {row.reason}")
+    if not problems:
+        say("every node on the way can be explained")
     return ModelError.exit_code if problems else 0

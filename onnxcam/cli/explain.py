@@ -140,40 +140,43 @@ class _Progress:
 
 
 def _summary(e: Explanation, written: Sequence[Path]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from onnxcam.cli.tables import print_table, say
 
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("image", "class", "probability", "logit"):
-        right = column in ("probability", "logit")
-        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
     folders = e.folders()
-    for i in range(min(len(e.pictures), SHOWN)):
-        for t in range(e.targets.shape[1]):
-            table.add_row(
-                escape(folders[i]) if t == 0 else "",
-                escape(f"{e.targets[i, t]} {e.label(i, t)}"),
-                f"{e.probability(i, t):.1%}",
-                f"{e.logit(i, t):.2f}",
+    print_table(
+        ("image", "class", "probability", "logit"),
+        [
+            (
+                (
+                    folders[i] if t == 0 else "",
+                    _class(e, i, t),
+                    f"{e.probability(i, t):.1%}",
+                    f"{e.logit(i, t):.2f}",
+                ),
+                "",
             )
-    console.print(table)
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
-
+            for i in range(min(len(e.pictures), SHOWN))
+            for t in range(e.targets.shape[1])
+        ],
+        right=("probability", "logit"),
+    )
     if len(e.pictures) > SHOWN:
         say(f"... and {len(e.pictures) - SHOWN} more images")
     say(f"layers: {', '.join(_layer(e, name) for name in e.layers)}")
     o = e.options
-    preprocess = f"; preprocessing {o['preprocess']} ({e.model.preprocess_source})" if o["preprocess"] else ""
+    source = "guessed" if "guess" in e.model.preprocess_source else e.model.preprocess_source  # the warning says why
+    preprocess = f"; preprocessing {o['preprocess']} ({source})" if o["preprocess"] else ""
     say(f"{o['method']}, composite {o['composite']}, start {o['start']}{preprocess}")
     if (dropped := e.conservation.dropped()) and (residual := e.conservation.residual) is not None:
         node, share = dropped[0]
         where = f"; most was dropped at {node.node} ({node.op_type}): {share:.2%} of the start" if share > 1e-4 else ""
         say(f"conservation: relevance in and out of every node agree to {residual:.1e}{where}")
     say(f"{len(written)} files in {written[-1].parent}")
+
+
+def _class(e: Explanation, image: int, target: int) -> str:
+    number, label = e.targets[image, target], e.label(image, target)
+    return label if label == f"class {number}" else f"{number} {label}"
 
 
 def _layer(e: Explanation, name: str) -> str:

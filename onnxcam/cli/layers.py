@@ -8,6 +8,8 @@ from dataclasses import asdict
 
 from onnxcam.cli.options import add_model, add_preprocess, load_model
 
+COLUMNS = ("", "index", "node", "op", "shape", "stage", "values", "tensor", "module")
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = commands.add_parser("layers", help="what can be explained", description=__doc__)
@@ -20,35 +22,39 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run_layers(arguments: argparse.Namespace) -> int:
     model = load_model(arguments)
-    rows = [row for row in model.layers() if row.suggested or not arguments.suggested]
+    listed = model.layers()
+    rows = [row for row in listed if row.suggested or not arguments.suggested]
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], ensure_ascii=False))
         return 0
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from onnxcam.cli.tables import print_table, say
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "index", "node", "op", "tensor", "shape", "stage", "values"):
-        table.add_column(column, justify="right" if column in ("index", "stage") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(
-            "*" if row.suggested else "",
-            str(row.index),
-            escape(row.node),
-            row.op,
-            escape(row.tensor),
-            "x".join(str(n) for n in row.shape),
-            str(row.stage),
-            row.sign,
-            style="bold" if row.suggested else "dim" if row.sign == "signed" else None,
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        "* suggested: the last layer of its resolution that cannot be negative; -1 is the last of them, and auto.\n"
-        "  'signed' layers can be negative: channel-weighted maps mean little there.",
-        soft_wrap=True,
-        markup=False,
+    if not rows:
+        say("no layer has a map: no tensor on the way to the logits has a spatial extent that is known")
+        return 0
+    print_table(
+        COLUMNS,
+        [
+            (
+                (
+                    "*" if row.suggested else "",
+                    str(row.index),
+                    row.node,
+                    row.op,
+                    "x".join(str(n) for n in row.shape),
+                    str(row.stage),
+                    row.sign,
+                    row.tensor,
+                    row.path,
+                ),
+                "bold" if row.suggested else "dim" if row.sign == "signed" else "",
+            )
+            for row in rows
+        ],
+        right=("index", "stage"),
+        spare=("module", "tensor"),
     )
+    say("* suggested: at each resolution, the last layer that cannot be negative; the last of them all is -1, or auto")
+    if any(row.sign == "signed" for row in rows):
+        say("  signed: values can be negative, so maps that weigh channels mean little there")
     return 0

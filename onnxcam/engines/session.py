@@ -14,6 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxcam.errors import ModelError, UsageError
+from onnxcam.runtime import onnxruntime
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -47,7 +48,7 @@ class RuntimeSession:
         providers: Sequence[str] = ("cpu",),
         threads: int | None = None,
     ):
-        ort = _onnxruntime()
+        ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -147,16 +148,6 @@ def _conv_op() -> Any:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, which is what a user can use of it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(
-            "onnxcam needs ONNX Runtime to run models: pip install 'onnxcam[cpu]' or 'onnxcam[gpu]'"
-        ) from error
-    return onnxruntime
 
 
 def _providers(ort: Any, names: Sequence[str]) -> list[str]:

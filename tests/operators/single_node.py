@@ -82,6 +82,7 @@ class Single:
         self.taps = {**feeds, **dict(zip((o for o in self.node.outputs if o), outputs, strict=False))}
         self.at = At(self.node, _Values(self.graph, self.taps, self.ops, {}))
         self.operator: Any = lookup(self.node)
+        self.operand: int = getattr(self.operator, "operand", 0)
 
     def back(self, starts: Mapping[str, np.ndarray], composite: str = "gradient") -> Values:
         """Relevance of the model's inputs, (T, *shape) each."""
@@ -89,6 +90,48 @@ class Single:
         return {name: self.ops.to_host(r) for name, r in flow.relevance.items()}
 
 
-def adjoint_gap(y: np.ndarray, u: np.ndarray, x: np.ndarray, back: np.ndarray) -> float:
-    """|<Ax, u> - <x, A'u>| relative to |x| |A'u|."""
-    return float(abs((y * u).sum() - (x * back).sum()) / (np.linalg.norm(x) * np.linalg.norm(back) + 1e-300))
+def agree(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Assert equal shapes and a largest difference of `tolerance` times the largest magnitude."""
+    assert got.shape == expected.shape
+    if expected.size:
+        assert np.abs(got - expected).max() <= tolerance * max(float(np.abs(expected).max()), 1e-30)
+
+
+def cotangents(shape: Sequence[int], targets: int = 2) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((targets, *shape))
+
+
+def check_map(model: onnx.ModelProto, feeds: Values) -> Single:
+    """A linear or averaging operator computes what ONNX Runtime computes, and its product is the adjoint of that.
+
+    ONNX Runtime computes in float32, hence 1e-5; the adjoint identity is tested in float64, to 1e-10.
+    """
+    expected = runtime(model, feeds)
+    single = Single(model, feeds, expected)
+    linear = single.operator.bind(single.at)
+    z = linear.apply(linear.x, linear.weight)
+    agree(z if linear.bias is None else z + linear.bias, np.asarray(expected[0], np.float64), 1e-5)
+    check_adjoint(single, {single.node.outputs[0]: z}, {single.node.inputs[single.operand]: linear.x})
+    return single
+
+
+def check_moves(model: onnx.ModelProto, feeds: Values, outputs: Sequence[int] = (0,)) -> Single:
+    """An operator that only moves entries: <y, u> = <x, back(u)> with y as ONNX Runtime has it, exact but for sums."""
+    expected = runtime(model, feeds)
+    single = Single(model, feeds, expected)
+    ys = {f"o{i}": np.asarray(expected[i], np.float64) for i in outputs}
+    check_adjoint(single, ys, {name: x for name, x in feeds.items() if x.dtype.kind == "f"})
+    return single
+
+
+def check_adjoint(single: Single, ys: Mapping[str, np.ndarray], xs: Mapping[str, np.ndarray]) -> None:
+    us = {name: cotangents(y.shape) for name, y in ys.items()}
+    back = single.back(us)
+    left = sum((y * us[name]).reshape(2, -1).sum(1) for name, y in ys.items())
+    right, scale = np.zeros(2), 1e-30
+    for name, x in xs.items():
+        if name in back:
+            assert back[name].shape == (2, *x.shape)
+            right = right + (back[name] * x.astype(np.float64)).reshape(2, -1).sum(1)
+            scale += float(np.linalg.norm(x) * np.linalg.norm(back[name]))
+    assert np.abs(left - right).max() <= 1e-10 * scale
