@@ -32,7 +32,7 @@ Source = str | Path | Image.Image
 def explain(
     model: Model,
     images: Source | Sequence[Source] | np.ndarray,
-    layers: Sequence[str | int] = ("auto",),
+    layers: Sequence[str | int | Layer] | str | int | Layer = ("auto",),
     targets: Sequence[Target] | Target | None = None,
     *,
     method: str | Method = "relevance-cam",

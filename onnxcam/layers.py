@@ -12,19 +12,20 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from onnxcam.errors import UsageError
 from onnxcam.graph import Graph, Node, Shape
-from onnxcam.signs import nonnegative_tensors
+from onnxcam.maps import Axes, spatial_axes
+from onnxcam.signs import mostly_positive_tensors, nonnegative_tensors, self_gates
 
 ACTIVATIONS = set(
     "Relu LeakyRelu PRelu Elu Selu Celu Softplus Softsign Sigmoid HardSigmoid HardSwish Swish Mish Gelu Tanh Clip "
     "ThresholdedRelu Shrink".split()
 )
-_SQUASHERS = {"Sigmoid", "HardSigmoid", "Tanh", "Clip"}
+_SQUASHERS = {"Sigmoid", "HardSigmoid", "Softmax"}
 # Ops that make no layer of their own: they only rearrange, or work on statistics.
 _NO_LAYER = set(
     "Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Gather Identity Dropout Cast Expand Tile Pad Shape "
@@ -44,7 +45,8 @@ class Layer:
         tensor: the tensor whose channels are weighted.
         shape: the tensor's shape, (N, C, *spatial).
         stage: 1 for the finest resolution, counting up as the maps get coarser.
-        sign: "nonnegative"; "mostly positive" behind an activation such as SiLU; "signed" where about half is negative.
+        sign: "nonnegative"; "mostly positive" behind an activation such as SiLU; "signed" where much may be negative;
+            "gate" for a mask that weighs something else.
         suggested: the best place at its resolution.
         bottleneck: everything the model sees on its way to the logits passes through this one tensor.
         path: the module path, where the file records one.
@@ -66,8 +68,12 @@ class Layer:
         return self.shape[2:]
 
 
-def activation_output(graph: Graph, tensor: str, protected: Iterable[str] = ()) -> str:
-    """The tensor at the end of the BatchNormalization and activation that follow `tensor`; itself where none does."""
+def activation_output(graph: Graph, tensor: str, gates: Mapping[str, set[str]] | None = None) -> str:
+    """The tensor at the end of the BatchNormalization and activation that follow `tensor`; itself where none does.
+
+    `gates` is `self_gates(graph)`, where it is at hand.
+    """
+    gates = self_gates(graph) if gates is None else gates
     normalised = activated = False
     while tensor not in graph.outputs:
         readers = graph.consumers(tensor)
@@ -75,34 +81,43 @@ def activation_output(graph: Graph, tensor: str, protected: Iterable[str] = ()) 
             normalised, tensor = True, readers[0].outputs[0]
         elif len(readers) == 1 and readers[0].op_type in ACTIVATIONS and not activated:
             activated, tensor = True, readers[0].outputs[0]
-        elif not activated and (product := _self_gated(readers, tensor)):
+        elif not activated and (product := _self_gated(readers, gates)):
             activated, tensor = True, product
         else:
             break
     return tensor
 
 
-def _self_gated(readers: Sequence[Node], tensor: str) -> str | None:
-    """The output of x * squash(x), SiLU say, written as two nodes that both read `tensor`."""
-    products = [n for n in readers if n.op_type == "Mul"]
-    gates = [n for n in readers if n.op_type in _SQUASHERS]
-    if len(readers) == 2 and len(products) == len(gates) == 1 and gates[0].outputs[0] in products[0].inputs:
-        return products[0].outputs[0]
+def _self_gated(readers: Sequence[Node], gates: Mapping[str, set[str]]) -> str | None:
+    """The product x * gate(x), where its nodes are all that read x."""
+    made = [n.outputs[0] for n in readers]
+    for product in made:
+        if product in gates and all(name == product or name in gates[product] for name in made):
+            return product
     return None
 
 
-def list_layers(graph: Graph, logits: str, paths: Mapping[str, str] | None = None) -> list[Layer]:
+def list_layers(
+    graph: Graph,
+    logits: str,
+    paths: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Axes] | None = None,
+) -> list[Layer]:
     """The layers between the graph's inputs and `logits` whose tensor has a map, in topological order.
 
     Args:
         graph: a canonised graph.
         logits: the tensor that explanations start at.
         paths: node name to module path, where the file records them.
+        inputs: the spatial axes of the inputs, where they are not axis 2 and up.
     """
-    rank = _input_rank(graph)
+    spatial = spatial_axes(graph, inputs)
+    self_gated = self_gates(graph)
+    inside_gates, masks = _gates(graph, self_gated)
     on_path = [node for node in graph.between(graph.inputs, logits) if _holds_data(graph, node)]
     below = {name for node in on_path for name in node.inputs}
     nonnegative = nonnegative_tensors(graph)
+    mostly = mostly_positive_tensors(graph, nonnegative)
     bottlenecks = _bottlenecks(graph, on_path)
     rows: list[Layer] = []
     seen: set[str] = set()
@@ -110,15 +125,15 @@ def list_layers(graph: Graph, logits: str, paths: Mapping[str, str] | None = Non
         tensor = node.outputs[0]
         if node.op_type in _NO_LAYER or tensor in seen or tensor not in below:
             continue
-        last = activation_output(graph, tensor)
-        if _is_gate(graph, tensor) or last in seen or last not in below:
+        last = activation_output(graph, tensor, self_gated)
+        if tensor in inside_gates or last in seen or last not in below:
             continue
         seen.update(_chain(graph, tensor, last))
         shape = graph.shape(last)
-        if not _has_map(graph, last, shape, rank):
+        if shape is None or not _has_map(graph, last, shape, spatial.get(last, ())):
             continue
-        assert shape is not None
-        sign = "nonnegative" if last in nonnegative else "mostly positive" if _activated(graph, last) else "signed"
+        kinds = (("gate", masks), ("nonnegative", nonnegative), ("mostly positive", mostly))
+        sign = next((kind for kind, members in kinds if last in members), "signed")
         path = (paths or {}).get(node.name, "")
         rows.append(Layer(len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path))
     return _suggest(_stages(rows))
@@ -130,41 +145,37 @@ def _holds_data(graph: Graph, node: Node) -> bool:
     return dtype is None or dtype.kind == "f"
 
 
-def _input_rank(graph: Graph) -> int:
-    ranks = [len(shape) for name in graph.inputs if (shape := graph.shape(name)) is not None]
-    return max(ranks, default=4)
-
-
-def _has_map(graph: Graph, tensor: str, shape: Shape | None, rank: int) -> bool:
+def _has_map(graph: Graph, tensor: str, shape: Shape, spatial: Axes) -> bool:
     dtype = graph.dtype(tensor)
-    if shape is None or len(shape) != rank or rank < 3 or (dtype is not None and dtype.kind != "f"):
+    if not spatial or spatial != tuple(range(2, len(shape))) or (dtype is not None and dtype.kind != "f"):
         return False
-    spatial = shape[2:]
-    return all(isinstance(n, int) for n in spatial) and prod(n for n in spatial if isinstance(n, int)) > 1
+    sizes = [n for n in shape[2:] if isinstance(n, int)]
+    return len(sizes) == len(spatial) and prod(sizes) > 1
 
 
-def _is_gate(graph: Graph, tensor: str) -> bool:
-    """True for the squashed half of x * squash(x): a weight, not something seen."""
-    node = graph.producer(tensor)
-    if node is None or node.op_type not in _SQUASHERS:
-        return False
-    return any(
-        reader.op_type == "Mul" and set(reader.inputs) == {node.inputs[0], tensor} for reader in graph.consumers(tensor)
-    )
+def _gates(graph: Graph, self_gated: Mapping[str, set[str]]) -> tuple[set[str], set[str]]:
+    """Tensors that are weights and nothing seen: those inside x * gate(x), and squashed masks of something else."""
+    inner = {
+        name
+        for product, names in self_gated.items()
+        for name in names
+        if all(set(reader.outputs) & (names | {product}) for reader in graph.consumers(name))
+    }
+    masks = set()
+    for node in graph.nodes:
+        readers = graph.consumers(node.outputs[0])
+        if node.op_type in _SQUASHERS and readers and all(_scales(reader) for reader in readers):
+            masks.add(node.outputs[0])
+    return inner, masks - inner
+
+
+def _scales(node: Node) -> bool:
+    return node.op_type == "Mul" and not any(node.is_constant(i) for i in range(len(node.inputs)))
 
 
 def _chain(graph: Graph, first: str, last: str) -> set[str]:
     """The tensors from `first` to `last`, both included."""
     return {first, last} | {n.outputs[0] for n in graph.between([first], last)}
-
-
-def _activated(graph: Graph, tensor: str) -> bool:
-    node = graph.producer(tensor)
-    if node is None:
-        return False
-    if node.op_type == "Mul":
-        return any(_is_gate(graph, name) for name in node.inputs)
-    return node.op_type in ACTIVATIONS
 
 
 def _bottlenecks(graph: Graph, on_path: Sequence[Node]) -> set[str]:
@@ -207,7 +218,7 @@ def _suggest(rows: list[Layer]) -> list[Layer]:
         by_stage[row.stage].append(row)
     chosen = set()
     for members in by_stage.values():
-        order = ("nonnegative", "mostly positive", "signed")
+        order = ("nonnegative", "mostly positive", "signed", "gate")
         best = max(members, key=lambda r: (-order.index(r.sign), r.bottleneck, r.index))
         chosen.add(best.index)
     return [replace(r, suggested=r.index in chosen) for r in rows]

@@ -19,12 +19,14 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcam.canonise import canonise, name_nodes
 from onnxcam.errors import ModelError, UsageError
-from onnxcam.graph import Graph
+from onnxcam.graph import Graph, Shape
 from onnxcam.input_spec import InputSpec, static
 from onnxcam.labels import Labels, labels_from_metadata, read_labels
 from onnxcam.layers import Layer, Names, list_layers, module_paths, resolve
+from onnxcam.maps import spatial_axes
 from onnxcam.preprocess import Preprocess, choose
 from onnxcam.reading import ReadModel, read
+from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import locate_logits
 
 if TYPE_CHECKING:
@@ -130,9 +132,13 @@ class Model:
         key = ("layers", size)
         found = self.canonical(size)
         if key not in found.cache:
-            found.cache[key] = list_layers(found.graph, found.logits, self.names.paths)
+            found.cache[key] = list_layers(found.graph, found.logits, self.names.paths, self._spatial)
         rows: list[Layer] = found.cache[key]
         return rows
+
+    @property
+    def _spatial(self) -> dict[str, tuple[int, ...]]:
+        return {self.spec.name: (1, 2)} if self.spec.layout == "NHWC" else {}
 
     def resolve(self, typed: Sequence[str | int | Layer], size: Size | None = None) -> dict[str, Layer]:
         """Layers by the name they are reported under: as typed where that means one, else the node's name.
@@ -169,24 +175,37 @@ class Model:
                 f"tensor {tensor!r} does not lead to the logits ({found.logits!r}): nothing flows back to it"
             )
         shape = graph.shape(tensor)
-        if shape is None or len(shape) < 3:
-            text = "of unknown shape" if shape is None else f"of shape ({', '.join(map(str, shape))})"
-            raise UsageError(
-                f"tensor {tensor!r} {text} has no spatial axes, so there is no map of it; see `onnxcam layers`"
-            )
-        from onnxcam.signs import nonnegative_tensors
-
+        if shape is None:
+            raise UsageError(f"the shape of tensor {tensor!r} is unknown, so there is no map of it")
+        if why := self._why_no_map(graph, tensor, shape):
+            raise UsageError(f"tensor {tensor!r} of shape ({', '.join(map(str, shape))}) {why}; see `onnxcam layers`")
         node = graph.producer(tensor)
         sign = "nonnegative" if tensor in nonnegative_tensors(graph) else "signed"
         return Layer(None, node.name if node else tensor, node.op_type if node else "Input", tensor, shape, 0, sign)
 
+    def _why_no_map(self, graph: Graph, tensor: str, shape: Shape) -> str | None:
+        axes = spatial_axes(graph, self._spatial).get(tensor, ())
+        if len(shape) < 3:
+            return "has no spatial axes, so there is no map of it"
+        if not axes:
+            return "has lost its spatial axes (tokens, or an attention matrix), so there is no map of it"
+        if axes != tuple(range(2, len(shape))):
+            return "has its channels last: name one before or behind the Transpose"
+        return "has a single position, so there is no map of it" if set(shape[2:]) == {1} else None
+
     # -- what a model is for -------------------------------------------------------------------------------------
 
-    def explain(self, images: Any, layers: Sequence[str | int] = ("auto",), **options: Any) -> Explanation:
+    def explain(
+        self,
+        images: Any,
+        layers: Sequence[str | int | Layer] | str | int | Layer = ("auto",),
+        targets: Sequence[str | int] | str | int | None = None,
+        **options: Any,
+    ) -> Explanation:
         """Explain pictures; see `onnxcam.explain.explain` for the options."""
         from onnxcam.explain import explain
 
-        return explain(self, images, layers, **options)
+        return explain(self, images, layers, targets, **options)
 
     def check(self, composite: str = "relevance_cam") -> Check:
         """Which operator and rule every node from the logits to the input gets, or why it gets none."""

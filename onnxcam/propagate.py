@@ -16,7 +16,7 @@ import numpy as np
 from onnxcam.composites import Composite, describe
 from onnxcam.graph import Graph, Node
 from onnxcam.operators import lookup
-from onnxcam.operators.kinds import Array, At
+from onnxcam.operators.kinds import Array, At, Values
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Flow:
     balances: list[Balance] = field(default_factory=list)
 
 
-class _Values:
+class TapValues:
     """Values of one forward pass as arrays of the engine, converted once; what is derived from constants is shared."""
 
     def __init__(self, graph: Graph, taps: Mapping[str, np.ndarray], ops: Any, cache: dict[tuple[str, str], Array]):
@@ -56,6 +56,9 @@ class _Values:
     def host(self, tensor: str) -> np.ndarray:
         constant = self.graph.constants.get(tensor)
         return self.taps[tensor] if constant is None else constant
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return tuple(self.host(tensor).shape)
 
     def array(self, tensor: str) -> Array:
         return self.derived(tensor, "", lambda x: x)
@@ -119,8 +122,24 @@ def propagate(
     Raises:
         ModelError: relevance reaches a node without an operator; the message names it.
     """
-    values = _Values(graph, taps, ops, {} if cache is None else cache)
-    held: dict[str, Array] = {name: ops.asarray(r) for name, r in starts.items()}
+    values = TapValues(graph, taps, ops, {} if cache is None else cache)
+    return walk(graph, values, {name: ops.asarray(r) for name, r in starts.items()}, layers, composite)
+
+
+def walk(
+    graph: Graph,
+    values: Values,
+    starts: Mapping[str, Array],
+    layers: Collection[str],
+    composite: Composite,
+    balance: bool = True,
+) -> Flow:
+    """The walk itself, on arrays of any engine: `propagate` with the values of a forward pass at hand.
+
+    `balance=False` leaves out the sums over every node.
+    """
+    ops = values.ops
+    held: dict[str, Array] = dict(starts)
     found: dict[str, Array] = {}
     balances = []
     firsts = first_linear(graph, graph.inputs) if composite.first is not None else set()
@@ -138,7 +157,7 @@ def propagate(
         for i, share in shares:
             name = node.inputs[i]
             held[name] = held[name] + share if name in held else share
-        if composite.conserves:
+        if balance and composite.conserves:
             balances.append(_balance(ops, node, describe(rule), arrived, [s for _, s in shares]))
     found.update((name, r) for name, r in held.items() if name in layers)
     return Flow(found, balances)

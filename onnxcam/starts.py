@@ -1,7 +1,8 @@
 """Starts: what relevance at the logits a pass begins with (spec 5).
 
-A start maps the logits of a batch, (N, K), and the classes asked for, (N, T), to relevance of shape (T, N, K). Values
-are computed in float64 on the host: logits are few. `locate_logits` finds their tensor, which lies before any softmax.
+A start maps the logits of a batch, (N, K), and the classes asked for, (N, T), to relevance of shape (T, N, K). The
+formulas are written in the primitives of an engine, so that they can be computed, in float64 on the host since logits
+are few, or recorded. `locate_logits` finds the tensor that logits belong to, which lies before any softmax.
 """
 
 from __future__ import annotations
@@ -9,22 +10,37 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from onnxcam.engines.array import ArrayOps
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.graph import Graph
+from onnxcam.operators.kinds import Array
 
-Formula = Callable[[np.ndarray, np.ndarray], np.ndarray]  # logits (1, N, K), one-hot (T, N, K) -> (T, N, K)
+Formula = Callable[[Any, Array, Array], Array]  # (ops, logits (N, K), one-hot (T, N, K)) -> (T, N, K)
 
 
 @dataclass(frozen=True)
 class Start:
-    """A named start; `formula(logits, onehot)` broadcasts over targets."""
+    """A named start.
+
+    `formula` is for two classes or more; `single(ops, logits (N, 1))` gives the size of relevance where one logit
+    speaks for two classes: class 1 starts with plus that, class 0 with minus that.
+    """
 
     name: str
     formula: Formula
     about: str
+    single: Callable[[Any, Array], Array] = lambda ops, z: ops.ones_like(z)
+
+    def at(self, ops: Any, logits: Array, onehot: Array) -> Array:
+        """Relevance (T, N, K) from logits (N, K) and the classes as one-hot rows (T, N, max(K, 2))."""
+        if logits.shape[-1] == 1:
+            sign = ops.slice(onehot, -1, 1, 2) - ops.slice(onehot, -1, 0, 1)
+            return sign * self.single(ops, logits)
+        return self.formula(ops, logits, onehot)
 
     def __call__(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Relevance at the logits.
@@ -36,43 +52,61 @@ class Start:
         Returns:
             (T, N, K), float64.
         """
-        logits, targets = np.asarray(logits, np.float64), np.asarray(targets)
-        if logits.shape[1] == 1:
-            # One logit speaks for two classes: for class 1 as it is, for class 0 against it (spec 5).
-            sign = np.where(targets.T[..., None] == 1, 1.0, -1.0)
-            return sign * np.abs(self.formula(np.concatenate([-logits, logits], 1)[None] / 2, _TWO)[..., 1:])
-        onehot = (np.arange(logits.shape[1]) == targets.T[..., None]).astype(np.float64)
-        return self.formula(logits[None], onehot)
-
-
-_TWO = np.array([[[0.0, 1.0]]])  # one-hot of class 1 of two
+        classes = max(logits.shape[1], 2)
+        onehot = (np.arange(classes) == np.asarray(targets).T[..., None]).astype(np.float64)
+        return self.at(ArrayOps(np, "float64"), np.asarray(logits, np.float64), onehot)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis."""
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    return _softmax(ArrayOps(np, "float64"), np.asarray(logits, np.float64))
 
 
-def _contrast(z: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """+1 at the class, -1/N at the others. A single logit is its own contrast: +1."""
+def _softmax(ops: Any, z: Array) -> Array:
+    e = ops.exp(z - ops.max(z, (-1,)))
+    return e / ops.sum(e, (-1,), keepdims=True)
+
+
+def _one_hot(ops: Any, z: Array, c: Array) -> Array:
+    return c
+
+
+def _logit(ops: Any, z: Array, c: Array) -> Array:
+    return z * c
+
+
+def _contrast(ops: Any, z: Array, c: Array) -> Array:
     n = z.shape[-1]
-    return c - (1 - c) / n
+    return c * (1 + 1 / n) - 1 / n
 
 
-def _softmax_gradient(z: np.ndarray, c: np.ndarray) -> np.ndarray:
-    p = softmax(z)
-    return (p * c).sum(-1, keepdims=True) * (c - p)
+def _centred(ops: Any, z: Array, c: Array) -> Array:
+    return c - 1 / z.shape[-1]
+
+
+def _softmax_gradient(ops: Any, z: Array, c: Array) -> Array:
+    p = _softmax(ops, z)
+    return ops.sum(p * c, (-1,), keepdims=True) * (c - p)
+
+
+def _sigmoid_gradient(ops: Any, z: Array) -> Array:
+    p = ops.sigmoid(z)
+    return p * (1 - p)
 
 
 STARTS: dict[str, Start] = {
     s.name: s
     for s in (
-        Start("one-hot", lambda z, c: c + 0 * z, "1 at the class, 0 elsewhere"),
-        Start("logit", lambda z, c: z * c, "the logit of the class (Bach et al. 2015)"),
+        Start("one-hot", _one_hot, "1 at the class, 0 elsewhere"),
+        Start("logit", _logit, "the logit of the class (Bach et al. 2015)", lambda ops, z: z),
         Start("contrast", _contrast, "1 at the class, -1/N at the N-1 others (the Relevance-CAM authors' code)"),
-        Start("centred", lambda z, c: c - 1 / z.shape[-1] + 0 * z, "one-hot minus 1/N everywhere: sums to zero"),
-        Start("softmax-gradient", _softmax_gradient, "gradient of the class probability (SGLRP: p(1-p), -p p')"),
+        Start("centred", _centred, "one-hot minus 1/N everywhere: sums to zero"),
+        Start(
+            "softmax-gradient",
+            _softmax_gradient,
+            "gradient of the class probability (SGLRP: p(1-p), -p p')",
+            _sigmoid_gradient,
+        ),
     )
 }
 

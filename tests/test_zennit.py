@@ -17,15 +17,15 @@ import zennit.composites
 import zennit.rules
 from captum.attr import LRP
 from captum.attr._utils.lrp_rules import EpsilonRule
-from oracles.torch_models import export, load_seeded, merge_batchnorm, narrow_head, out_of_place
+from oracles.torch_models import export, load_seeded, merge_batchnorm, narrow_head, out_of_place, trace
 from torch import nn
 from torchvision import models
 from walking import Walker, as_written, canonised, relative
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Convolution
 
-from onnxcam.composites import COMPOSITES, Composite, composite
-from onnxcam.rules import Epsilon, Flat, Proportional, WSquare
+from onnxcam.composites import COMPOSITES
+from onnxcam.rules import Epsilon, Flat, WSquare
 from onnxcam.starts import STARTS
 
 TOLERANCE = 1e-5
@@ -56,13 +56,13 @@ class AveragePooling(nn.Sequential):
 
 @dataclass(frozen=True)
 class Case:
-    """A model both sides know, its input, and the inner modules whose outputs are compared beside the input."""
+    """A model both sides know, its input, and the modules whose outputs are compared beside the input."""
 
     model: nn.Module
     x: np.ndarray
     inner: tuple[str, ...]
     walker: Walker
-    layers: dict[str, str]  # module -> tensor of the file
+    tensors: dict[str, str]  # module -> tensor of the file
     values: dict[str, np.ndarray]
 
     def start(self) -> np.ndarray:
@@ -82,43 +82,17 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     model = out_of_place(merge_batchnorm(load_seeded(build())))
     x = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
     graph = canonised(export(model, x))
-    outputs = hooked(model.double(), inner, torch.from_numpy(x).double())[1]
     every = [name for node in graph.nodes for name in node.outputs]
     values = Walker(graph, ["input", *every], "logits").forward({"input": x})
-    layers = {"input": "input"}
-    for module, tensor in outputs.items():
-        layers[module] = next(name for name in every if same(values[name], tensor.detach().numpy()))
-    yield Case(model, x, inner, Walker(graph, list(layers.values()), "logits"), layers, values)
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal but for the order of float64 sums."""
-    return a.shape == b.shape and relative(a, b) <= 1e-9
-
-
-def hooked(model: nn.Module, inner: tuple[str, ...], x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The logits, and the outputs of the inner modules."""
-    seen: dict[str, torch.Tensor] = {}
-    modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
-        for name in inner
-    ]
-    try:
-        return model(x), seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    tensors = trace(model.double(), x, inner).tensors(values)
+    yield Case(model, x, inner, Walker(graph, list(tensors.values()), "logits"), tensors, values)
 
 
 def theirs(case: Case, composite: zennit.core.Composite) -> dict[str, np.ndarray]:
-    """zennit's relevance, (1, *tensor.shape), at the input and at the inner modules: the gradient it has put in place."""
-    x = torch.from_numpy(case.x).double().requires_grad_()
+    """zennit's relevance, (1, *tensor.shape): what autograd finds in the place of gradients while its hooks are on."""
     with composite.context(case.model) as model:
-        logits, seen = hooked(model, case.inner, x)
-        start = torch.from_numpy(case.start()[0])
-        grads = torch.autograd.grad(logits, [x, *seen.values()], start)
-    return {name: g.numpy()[None] for name, g in zip(["input", *seen], grads, strict=True)}
+        relevance = trace(model, case.x, case.inner).back(case.start()[0])
+    return {module: r[None] for module, r in relevance.items()}
 
 
 def first(rule: zennit.core.Hook) -> zennit.core.Composite:
@@ -168,14 +142,12 @@ def test_a_composite_gives_zennits_relevance_at_the_input_and_inside(name: str, 
     mine, build = PAIRS[name]
     walk = case.walker.back(case.values, case.start(), mine)
     for module, reference in theirs(case, build()).items():
-        assert relative(walk[case.layers[module]], reference) <= TOLERANCE, module
+        assert relative(walk[case.tensors[module]], reference) <= TOLERANCE, module
 
 
 def test_the_file_and_the_torch_model_are_one_function(case: Case) -> None:
     """Without this the comparison would mean nothing; float64 on both sides."""
-    with torch.no_grad():
-        logits = case.model(torch.from_numpy(case.x).double()).numpy()
-    assert relative(case.values["logits"], logits) <= 1e-9
+    assert relative(case.values["logits"], trace(case.model, case.x, ()).logits.detach().numpy()) <= 1e-9
 
 
 def test_epsilon_everywhere_gives_captums_relevance() -> None:
@@ -197,7 +169,7 @@ def test_epsilon_everywhere_gives_captums_relevance() -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 21, 21)).astype(np.float32)
     walker = Walker(as_written(export(model, x)), ["input"], "logits")
     epsilon = replace(
-        composite("epsilon_plus"),
+        COMPOSITES["epsilon_plus"],
         rules=dict(COMPOSITES["epsilon_plus"].rules) | {"linear": Epsilon(1e-9), "averaging": Epsilon(1e-9)},
         by_op={},
     )
@@ -207,6 +179,3 @@ def test_epsilon_everywhere_gives_captums_relevance() -> None:
         module.rule = EpsilonRule(epsilon=1e-9)
     reference = LRP(model.double()).attribute(torch.from_numpy(x).double(), target=torch.from_numpy(TARGETS[:, 0]))
     assert relative(ours, reference.detach().numpy()) <= TOLERANCE
-
-
-__all__ = ["Composite", "Proportional"]

@@ -162,6 +162,11 @@ class ArrayOps:
         index, because gathering is what every array library has and does in the same order each time.
         """
         index = np.asarray(index)
+        kept = np.flatnonzero(index >= 0)
+        if 0 < kept.size < index.size and kept[-1] - kept[0] + 1 == kept.size:
+            r, index = self.slice(r, axis, int(kept[0]), int(kept[-1]) + 1), index[kept]
+        if np.array_equal(index, np.arange(size)):
+            return r
         steps = np.diff(index)
         if index.size and index[0] >= 0 and (index.size == 1 or (steps[0] > 0 and (steps == steps[0]).all())):
             step = int(steps[0]) if index.size > 1 else 1
@@ -188,6 +193,10 @@ class ArrayOps:
 
     def along(self, x: Array, matrix: Array, axis: int) -> Array:
         """Apply `matrix` (out, in) along `axis` (negative) of `x`."""
+        if axis == -1:
+            return self.xp.matmul(x, self.swap(matrix))
+        if axis == -2:
+            return self.xp.matmul(matrix, x)
         order = list(range(x.ndim))
         order[axis], order[-1] = order[-1], order[axis]
         moved = self.xp.matmul(self.xp.permute_dims(x, tuple(order)), self.swap(matrix))

@@ -187,9 +187,6 @@ class RecorderOps:
         return self._filled(x, 1.0)
 
     def _filled(self, x: Symbol, value: float) -> Symbol:
-        """Known shapes give a scalar that broadcasts; nothing in the rules needs more."""
-        if all(isinstance(n, int) for n in x.shape):
-            return self.asarray(np.full(x.shape[1:] if x.bare else x.shape, value, np.float32))._as_bare(x)
         shape = self.record("Shape", [x], (len(x.shape),), dtype=np.int64)
         tensor = gs.Constant(self._name("Constant"), np.array([value], np.float32))
         return self.record("ConstantOfShape", [shape], x.shape, bare=x.bare, positive=value >= 0, value=tensor)
@@ -242,3 +239,332 @@ class RecorderOps:
 
     def power(self, x: Symbol, p: Any) -> Symbol:
         return self.binary("Pow", x, p)
+
+    # -- reductions and layout -----------------------------------------------------------------------------------
+
+    def sum(self, x: Symbol, axes: Sequence[int], keepdims: bool = False) -> Symbol:
+        return self._reduce("ReduceSum", x, axes, keepdims, positive=x.positive)
+
+    def mean(self, x: Symbol, axes: Sequence[int], keepdims: bool = False) -> Symbol:
+        return self._reduce("ReduceMean", x, axes, keepdims, positive=x.positive)
+
+    def prod(self, x: Symbol, axes: Sequence[int]) -> Symbol:
+        return self._reduce("ReduceProd", x, axes, True, positive=x.positive)
+
+    def min(self, x: Symbol, axes: Sequence[int]) -> Symbol:
+        return self._reduce("ReduceMin", x, axes, True, positive=x.positive)
+
+    def max(self, x: Symbol, axes: Sequence[int]) -> Symbol:
+        return self._reduce("ReduceMax", x, axes, True, positive=x.positive)
+
+    def _reduce(self, op: str, x: Symbol, axes: Sequence[int], keepdims: bool, positive: bool) -> Symbol:
+        """Axes may count from either end; the axis of targets is reduced only where it is in the tensor."""
+        if not axes:
+            return x
+        from_end = sorted(a if a < 0 else a - len(x.shape) for a in axes)
+        shape = tuple(
+            1 if i - len(x.shape) in from_end else n
+            for i, n in enumerate(x.shape)
+            if keepdims or i - len(x.shape) not in from_end
+        )
+        if x.bare and from_end[0] == -len(x.shape):
+            raise ModelError("the axis of targets cannot be reduced while recording")
+        if self.graph.opset >= (13 if op == "ReduceSum" else 18):
+            return self.record(
+                op, [x, np.array(from_end, np.int64)], shape, bare=x.bare, positive=positive, keepdims=int(keepdims)
+            )
+        return self.record(op, [x], shape, bare=x.bare, positive=positive, axes=from_end, keepdims=int(keepdims))
+
+    def reshape(self, r: Symbol, shape: Sequence[Dim]) -> Symbol:
+        return self._reshaped(r, (r.shape[0], *shape), r.bare)
+
+    def shaped(self, x: Symbol, shape: Sequence[Dim]) -> Symbol:
+        return self._reshaped(x, tuple(shape), False)
+
+    def _reshaped(self, x: Symbol, shape: Shape, bare: bool) -> Symbol:
+        if -1 in shape:
+            rest = prod(n for n in shape if isinstance(n, int) and n != -1)
+            total = prod(n for n in x.shape if isinstance(n, int))
+            shape = tuple(total // rest if n == -1 else n for n in shape)
+        if shape == x.shape and bare == x.bare:
+            return x
+        target = shape[1:] if bare else shape
+        unknown = [i for i, n in enumerate(target) if not isinstance(n, int)]
+        if len(unknown) > 1:
+            raise ModelError(f"a reshape to {target} has two unknown axes: use --engine numpy, or fix the batch")
+        sizes = np.array([n if isinstance(n, int) else -1 for n in target], np.int64)
+        return self.record("Reshape", [x, sizes], shape, bare=bare, positive=x.positive)
+
+    def permute(self, r: Symbol, perm: Sequence[int]) -> Symbol:
+        shape = (r.shape[0], *(r.shape[1 + p] for p in perm))
+        order = list(perm) if r.bare else [0, *(p + 1 for p in perm)]
+        return self.record("Transpose", [r], shape, bare=r.bare, positive=r.positive, perm=order)
+
+    def expand(self, r: Symbol, shape: Sequence[Dim]) -> Symbol:
+        """The batch is there already or comes from what the result is combined with; only known axes are repeated."""
+        full = (r.shape[0], *shape)
+        short = len(full) - len(r.shape)
+        if short:
+            r = self._reshaped(r, (r.shape[0], *(1,) * short, *r.shape[1:]), r.bare)
+        if r.shape == full:
+            return r
+        if any(a == 1 and not isinstance(b, int) for a, b in zip(r.shape, full, strict=True)):
+            raise ModelError("repeating along an unknown batch cannot be recorded; use --engine numpy")
+        sizes = [n if isinstance(n, int) else 1 for n in (shape if r.bare else full)]
+        return self.record(
+            "Expand", [r, np.array(sizes, np.int64)], full, bare=r.bare, positive=r.positive
+        )
+
+    def unbroadcast(self, r: Symbol, shape: Sequence[Dim]) -> Symbol:
+        if tuple(r.shape[1:]) == tuple(shape):
+            return r
+        extra = len(r.shape) - 1 - len(shape)
+        rank = len(r.shape)
+        r = self.sum(r, tuple(i - rank for i in range(1, 1 + extra)))
+        n = len(shape)
+        repeated = tuple(i - n for i, size in enumerate(shape) if size == 1 and r.shape[i + 1] != 1)
+        return self.sum(r, repeated, keepdims=True)
+
+    def concat(self, arrays: Sequence[Symbol], axis: int) -> Symbol:
+        shape = list(arrays[0].shape)
+        sizes = [a.shape[axis] for a in arrays]
+        shape[axis] = sum(n for n in sizes if isinstance(n, int))
+        bare = any(a.bare for a in arrays)
+        return self.record(
+            "Concat", arrays, tuple(shape), bare=bare, positive=all(a.positive for a in arrays), axis=axis
+        )
+
+    def slice(self, x: Symbol, axis: int, start: int, stop: int, step: int = 1) -> Symbol:
+        size = x.shape[axis]
+        assert isinstance(size, int)
+        count = len(range(*slice(start, stop, step).indices(size)))
+        if count == size and step == 1:
+            return x
+        bounds = [np.array([v], np.int64) for v in (start, stop, axis, step)]
+        return self.record(
+            "Slice", [x, *bounds], _replaced(x.shape, axis, count), bare=x.bare, positive=x.positive
+        )
+
+    def take(self, x: Symbol, index: np.ndarray, axis: int) -> Symbol:
+        shape = _replaced(x.shape, axis, len(index))
+        index = np.asarray(index, np.int64)
+        return self.record("Gather", [x, index], shape, bare=x.bare, positive=x.positive, axis=axis)
+
+    def scatter_add(self, r: Symbol, index: np.ndarray, axis: int, size: int) -> Symbol:
+        """Adjoint of `take`, as a Pad where the places are consecutive, else as a few Gathers from `r` with a zero
+        behind it, one for each repetition of the most frequent place: nothing races, every runtime has it."""
+        index = np.asarray(index)
+        shape = _replaced(r.shape, axis, size)
+        if index.size and index[0] >= 0 and (np.diff(index) == 1).all():
+            before, after = int(index[0]), size - int(index[-1]) - 1
+            return self._padded(r, axis, before, after, shape)
+        padded = self._padded(r, axis, 0, 1, _replaced(r.shape, axis, index.size + 1))
+        out: Symbol | None = None
+        positions = np.flatnonzero(index >= 0)
+        while positions.size or out is None:
+            places, first = np.unique(index[positions], return_index=True)
+            source = np.full(size, index.size)
+            source[places] = positions[first]
+            part = self.take(padded, source, axis)
+            out = part if out is None else out + part
+            positions = np.delete(positions, first)
+        return out
+
+    def _padded(self, r: Symbol, axis: int, before: int, after: int, shape: Shape) -> Symbol:
+        if not before and not after:
+            return r
+        rank = len(r.shape) - r.bare
+        pads = np.zeros(2 * rank, np.int64)
+        pads[rank + axis], pads[2 * rank + axis] = before, after
+        return self.record("Pad", [r, pads], shape, bare=r.bare, positive=r.positive)
+
+    def matmul(self, a: Symbol, b: Symbol) -> Symbol:
+        lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        shape = (*lead, a.shape[-2], b.shape[-1])
+        return self.record("MatMul", [a, b], shape, bare=a.bare or b.bare, positive=a.positive and b.positive)
+
+    def swap(self, a: Symbol) -> Symbol:
+        rank = len(a.shape) - a.bare
+        shape = (*a.shape[:-2], a.shape[-1], a.shape[-2])
+        perm = [*range(rank - 2), rank - 1, rank - 2]
+        return self.record("Transpose", [a], shape, bare=a.bare, positive=a.positive, perm=perm)
+
+    def along(self, x: Symbol, matrix: Symbol, axis: int) -> Symbol:
+        if axis == -1:
+            return self.matmul(x, self.swap(matrix))
+        if axis == -2:
+            return self.matmul(matrix, x)
+        rank = len(x.shape) - x.bare
+        order = list(range(rank))
+        order[axis], order[-1] = order[-1], order[axis]
+        swapped = list(x.shape)
+        swapped[axis], swapped[-1] = swapped[-1], swapped[axis]
+        moved = self.record("Transpose", [x], tuple(swapped), bare=x.bare, positive=x.positive, perm=order)
+        moved = self.matmul(moved, self.swap(matrix))
+        back = list(moved.shape)
+        back[axis], back[-1] = back[-1], back[axis]
+        return self.record("Transpose", [moved], tuple(back), bare=x.bare, positive=moved.positive, perm=order)
+
+    # -- windows -------------------------------------------------------------------------------------------------
+
+    def conv(self, x: Symbol, w: Symbol, window: Window, group: int = 1) -> Symbol:
+        size = _sizes(x, window)
+        folded, lead = self._folded(x, window)
+        shape = (folded.shape[0] if not folded.bare else 1, w.shape[0], *window.output(size))
+        y = self.record(
+            "Conv", [folded, w], (*folded.shape[: -window.rank - 1], *shape[1:]), bare=folded.bare,
+            positive=x.positive and w.positive, group=group, kernel_shape=list(window.kernel),
+            strides=list(window.strides), dilations=list(window.dilations), pads=[*window.begin, *window.end],
+        )  # fmt: skip
+        return self._unfolded(y, lead, window)
+
+    def conv_adjoint(self, r: Symbol, w: Symbol, window: Window, size: Sequence[int], group: int = 1) -> Symbol:
+        folded, lead = self._folded(r, window)
+        channels = int(w.shape[1]) * group
+        positive = r.positive and w.positive
+        shape = (*folded.shape[: -window.rank - 1], channels, *size)
+        unit = all(s == 1 for s in window.strides)
+        if unit and (group == 1 and window.pointwise or w.shape[1] == 1 and w.shape[0] == group):
+            y = self._conv_adjoint_as_conv(folded, w, window, shape, group, positive)
+        else:
+            # The pads that a stride leaves uncovered at the end come back as output padding (spec 3.0).
+            extra = [
+                (n + b + e - x) % s
+                for n, b, e, x, s in zip(
+                    size, window.begin, window.end, window.extent, window.strides, strict=True
+                )
+            ]
+            y = self.record(
+                "ConvTranspose", [folded, w], shape, bare=folded.bare, positive=positive, group=group,
+                kernel_shape=list(window.kernel), strides=list(window.strides), dilations=list(window.dilations),
+                pads=[*window.begin, *window.end], output_padding=extra,
+            )  # fmt: skip
+        return self._unfolded(y, lead, window)
+
+    def _conv_adjoint_as_conv(
+        self, r: Symbol, w: Symbol, window: Window, shape: Shape, group: int, positive: bool
+    ) -> Symbol:
+        """Stride 1, depthwise or 1x1: a Conv with the flipped or transposed weight is two to three times faster than
+        ConvTranspose (spec 3.0)."""
+        n = window.rank
+        if w.shape[1] == 1 and w.shape[0] == group:
+            turned = w
+            axes = np.arange(2, 2 + n)
+            if prod(window.kernel) > 1:
+                bounds = [np.full(n, -1, np.int64), np.full(n, -(2**31), np.int64), axes, np.full(n, -1, np.int64)]
+                turned = self.record("Slice", [w, *bounds], w.shape, positive=w.positive)
+        else:
+            turned = self.record(
+                "Transpose", [w], (w.shape[1], w.shape[0], *w.shape[2:]), positive=w.positive,
+                perm=[1, 0, *range(2, 2 + n)],
+            )  # fmt: skip
+        begin = [x - 1 - b for x, b in zip(window.extent, window.begin, strict=True)]
+        end = [x - 1 - e for x, e in zip(window.extent, window.end, strict=True)]
+        crop = any(p < 0 for p in (*begin, *end))
+        attrs = {"group": group, "kernel_shape": list(window.kernel), "dilations": list(window.dilations)}
+        if not crop:
+            return self.record(
+                "Conv", [r, turned], shape, bare=r.bare, positive=positive, pads=[*begin, *end],
+                strides=[1] * n, **attrs,
+            )  # fmt: skip
+        wide = tuple(
+            int(s) + max(-b, 0) + max(-e, 0) for s, b, e in zip(shape[-n:], begin, end, strict=True)
+        )
+        y = self.record(
+            "Conv", [r, turned], (*shape[:-n], *wide), bare=r.bare, positive=positive, strides=[1] * n,
+            pads=[max(p, 0) for p in (*begin, *end)], **attrs,
+        )  # fmt: skip
+        for i in range(n):
+            start = max(-begin[i], 0)
+            y = self.slice(y, i - n, start, start + int(shape[i - n]))
+        return y
+
+    def window_sum(self, x: Symbol, window: Window) -> Symbol:
+        folded, lead = self._folded(x, window)
+        return self._unfolded(self._ones("Conv", folded, window, window.output(_sizes(x, window))), lead, window)
+
+    def window_sum_adjoint(self, r: Symbol, window: Window, size: Sequence[int]) -> Symbol:
+        folded, lead = self._folded(r, window)
+        return self._unfolded(self._ones("ConvTranspose", folded, window, tuple(size)), lead, window)
+
+    def _ones(self, op: str, x: Symbol, window: Window, size: Sequence[int]) -> Symbol:
+        """Convolve every channel by itself with ones, or the adjoint of that."""
+        channels = x.shape[-window.rank - 1]
+        assert isinstance(channels, int)
+        attrs: dict[str, Any] = {"pads": [*window.begin, *window.end]}
+        if op == "ConvTranspose":
+            attrs["output_padding"] = [
+                (n + b + e - c) % s
+                for n, b, e, c, s in zip(size, window.begin, window.end, window.extent, window.strides, strict=True)
+            ]
+        return self.record(
+            op, [x, np.ones((channels, 1, *window.kernel), np.float32)], (*x.shape[: -window.rank], *size),
+            bare=x.bare, positive=x.positive, group=channels, kernel_shape=list(window.kernel),
+            strides=list(window.strides), dilations=list(window.dilations), **attrs,
+        )  # fmt: skip
+
+    def window_max_adjoint(self, r: Symbol, x: Symbol, y: Symbol, window: Window) -> Symbol:
+        """By the Indices of a MaxPool over the same input: they are flat over all axes, and the first maximum wins."""
+        n = window.rank
+        places = self.record(
+            "MaxPool", [x], y.shape, dtype=np.int64, outputs=2, kernel_shape=list(window.kernel),
+            strides=list(window.strides), dilations=list(window.dilations), pads=[*window.begin, *window.end],
+        )  # fmt: skip
+        places.tensor.inputs[0].outputs[0].dtype = np.float32
+        flat = np.array([-1], np.int64)
+        zeros = self.record("Mul", [x, self._lift(0.0)], x.shape)
+        if r.bare:
+            data = self.record("Reshape", [zeros, flat], ("flat",))
+            index = self.record("Reshape", [places, flat], ("flat",), dtype=np.int64)
+            updates = self.record("Reshape", [r, flat], ("flat",))
+            scattered = self.record("ScatterElements", [data, index, updates], ("flat",), axis=0, reduction="add")
+        else:
+            targets = r.shape[0]
+            assert isinstance(targets, int)
+            row = np.array([1, -1], np.int64)
+            repeat = np.array([targets, 1], np.int64)
+            data = self.record("Expand", [self.record("Reshape", [zeros, row], (1, "flat")), repeat], (targets, "flat"))
+            index = self.record("Reshape", [places, row], (1, "flat"), dtype=np.int64)
+            index = self.record("Expand", [index, repeat], (targets, "flat"), dtype=np.int64)
+            updates = self.record("Reshape", [r, np.array([targets, -1], np.int64)], (targets, "flat"))
+            scattered = self.record(
+                "ScatterElements", [data, index, updates], (targets, "flat"), axis=1, reduction="add"
+            )
+        shape = (r.shape[0], *x.shape)
+        sizes = [d if isinstance(d, int) else -1 for d in (x.shape if r.bare else shape)]
+        assert n >= 1
+        return self.record(
+            "Reshape", [scattered, np.array(sizes, np.int64)], shape, bare=r.bare, positive=r.positive
+        )
+
+    def _folded(self, x: Symbol, window: Window) -> tuple[Symbol, Shape]:
+        """`x` with all axes before the channels made one, as Conv wants it, and what they were."""
+        lead = x.shape[: -window.rank - 1]
+        if x.bare or len(lead) == 1:
+            return x, lead
+        batch: Dim = prod(lead) if all(isinstance(n, int) for n in lead) else BATCH  # type: ignore[arg-type]
+        sizes = [n if isinstance(n, int) else -1 for n in (batch, *x.shape[-window.rank - 1 :])]
+        folded = self.record(
+            "Reshape", [x, np.array(sizes, np.int64)], (batch, *x.shape[-window.rank - 1 :]), positive=x.positive
+        )
+        return folded, lead
+
+    def _unfolded(self, y: Symbol, lead: Shape, window: Window) -> Symbol:
+        if y.bare or len(lead) == 1:
+            return y
+        shape = (*lead, *y.shape[-window.rank - 1 :])
+        sizes = [n if isinstance(n, int) else -1 for n in shape]
+        return self.record("Reshape", [y, np.array(sizes, np.int64)], shape, positive=y.positive)
+
+
+def _replaced(shape: Shape, axis: int, size: Dim) -> Shape:
+    out = list(shape)
+    out[axis] = size
+    return tuple(out)
+
+
+def _sizes(x: Symbol, window: Window) -> tuple[int, ...]:
+    size = x.shape[-window.rank :]
+    if not all(isinstance(n, int) for n in size):
+        raise ModelError(f"spatial size {size} is not known: give the input's size")
+    return size  # type: ignore[return-value]

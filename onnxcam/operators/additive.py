@@ -2,16 +2,18 @@
 
 from onnxcam.graph import Node
 from onnxcam.operators.kinds import Additive, Operator
-from onnxcam.operators.registry import operator
+from onnxcam.operators.registry import need_numpy_broadcasting, operator
 
 
 @operator("Add")
 def add(node: Node) -> Operator:
+    need_numpy_broadcasting(node)
     return Additive((1.0, 1.0))
 
 
 @operator("Sub")
 def sub(node: Node) -> Operator:
+    need_numpy_broadcasting(node)
     return Additive((1.0, -1.0))
 
 

@@ -34,6 +34,9 @@ class Values(Protocol):
     def host(self, tensor: str) -> np.ndarray:
         """The tensor as it came from the session, on the host: for integer operands such as axes and indices."""
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The tensor's shape; while recording, an axis of unknown length is a string."""
+
     def derived(self, tensor: str, what: str, make: Callable[[Array], Array]) -> Array:
         """`make(array)`, computed once per tensor and `what`: the positive part of a weight, say."""
 
@@ -62,10 +65,10 @@ class At:
         return None if value is None else [int(v) for v in np.ravel(value)]
 
     def shape(self, i: int = 0) -> tuple[int, ...]:
-        return tuple(self.values.host(self.node.inputs[i]).shape)
+        return self.values.shape(self.node.inputs[i])
 
     def output_shape(self, i: int = 0) -> tuple[int, ...]:
-        return tuple(self.values.host(self.node.outputs[i]).shape)
+        return self.values.shape(self.node.outputs[i])
 
     def carries(self, i: int) -> bool:
         """True where input `i` is there and is no constant, so that relevance can flow to it."""

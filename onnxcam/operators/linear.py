@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from onnxcam.engines.window import Window
-from onnxcam.errors import ModelError
 from onnxcam.graph import Node
 from onnxcam.operators.geometry import conv_transpose_window, conv_window
 from onnxcam.operators.kinds import Array, At, Linear, Operator, Product
-from onnxcam.operators.registry import operator
+from onnxcam.operators.registry import need_constant, operator
 
 
 def _per_channel(at: At, i: int) -> Array | None:
@@ -15,19 +14,11 @@ def _per_channel(at: At, i: int) -> Array | None:
     return at.ops.shaped(at.input(i), (-1, *(1,) * (len(at.shape(0)) - 2))) if at.node.has(i) else None
 
 
-def _constant(node: Node, i: int, what: str) -> None:
-    if node.has(i) and not node.is_constant(i):
-        raise ModelError(
-            f"node {node.name!r}: the {what} of {node.op_type} (opset {node.opset}) is computed in the graph from the "
-            "input; explain a layer that lies behind it (see `onnxcam layers`)"
-        )
-
-
 @operator("Conv")
 def conv(node: Node) -> Operator:
     """Adjoint: transposed convolution with the same weight (spec 3.0)."""
-    _constant(node, 1, "weight")
-    _constant(node, 2, "bias")
+    need_constant(node, 1, "weight")
+    need_constant(node, 2, "bias")
     group = node.attr("group", 1)
 
     def window(at: At) -> Window:
@@ -43,8 +34,8 @@ def conv(node: Node) -> Operator:
 @operator("ConvTranspose")
 def conv_transpose(node: Node) -> Operator:
     """The adjoint of a Conv, used forward; its own adjoint is that Conv (spec 3.0)."""
-    _constant(node, 1, "weight")
-    _constant(node, 2, "bias")
+    need_constant(node, 1, "weight")
+    need_constant(node, 2, "bias")
     group = node.attr("group", 1)
 
     def window(at: At) -> Window:
@@ -60,8 +51,8 @@ def conv_transpose(node: Node) -> Operator:
 @operator("Gemm")
 def gemm(node: Node) -> Operator:
     """y = alpha A' B' + beta C, with one of A and B constant."""
-    _constant(node, 0 if node.is_constant(0) else 1, "weight")
-    _constant(node, 2, "bias")
+    need_constant(node, 0 if node.is_constant(0) else 1, "weight")
+    need_constant(node, 2, "bias")
     alpha, beta = node.attr("alpha", 1.0), node.attr("beta", 1.0)
     left = node.is_constant(0)
     trans = [bool(node.attr("transA", 0)), bool(node.attr("transB", 0))]

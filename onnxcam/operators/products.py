@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from onnxcam.graph import Node
 from onnxcam.operators.kinds import Array, At, Elementwise, Operator, Product, Share
-from onnxcam.operators.registry import operator
+from onnxcam.operators.registry import need_numpy_broadcasting, operator
 
 SQUASHING = {"Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Clip", "Erf", "QLinearSigmoid"}
 _TRANSPARENT = {
@@ -55,6 +55,7 @@ def _scaling(operand: int, factor: int, divide: bool = False) -> Operator:
 
 @operator("Mul")
 def mul(node: Node) -> Operator:
+    need_numpy_broadcasting(node)
     for operand in (0, 1):
         if node.is_constant(1 - operand):
             return _scaling(operand, 1 - operand)
@@ -68,6 +69,7 @@ def mul(node: Node) -> Operator:
 @operator("Div")
 def div(node: Node) -> Operator:
     """The denominator is a statistic: it gets no relevance (spec 3.6)."""
+    need_numpy_broadcasting(node)
     if node.is_constant(1):
         return _scaling(0, 1, divide=True)
 

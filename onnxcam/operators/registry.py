@@ -64,6 +64,33 @@ def why_not(node: Node) -> str:
     )
 
 
+def refusal(node: Node, why: str) -> ModelError:
+    """What a maker raises for a node whose op it knows, but not in this form."""
+    return ModelError(
+        f"node {node.name!r}: {why} (opset {node.opset}); explain a layer that lies behind it (see `onnxcam layers`)"
+    )
+
+
+def need_constant(node: Node, i: int, what: str) -> None:
+    """Refuse a node whose input `i` is there and depends on the input.
+
+    Raises:
+        ModelError: says what and where.
+    """
+    if node.has(i) and not node.is_constant(i):
+        raise refusal(node, f"the {what} of {node.op_type} is computed in the graph from the input")
+
+
+def need_numpy_broadcasting(node: Node) -> None:
+    """Refuse the broadcasting of before opset 7, which aligned the second operand at an axis.
+
+    Raises:
+        ModelError: names the node.
+    """
+    if node.opset < 7 and node.attr("axis") is not None:
+        raise refusal(node, f"{node.op_type} broadcasts along an axis, as it did before opset 7")
+
+
 def lookup(node: Node) -> Operator:
     """The mathematics of a node.
 

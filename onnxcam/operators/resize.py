@@ -134,7 +134,9 @@ def _factors(node: Node, at: At) -> list[tuple[int, float, tuple[float, float]]]
     else:
         scales = at.host(1) if node.has(1) else node.attr("scales")
     if sizes:
-        factors = np.asarray(sizes, np.float32) / np.asarray([shape[a] for a in axes], np.float32)
+        # A symbolic axis, the batch, stays as it is.
+        lengths = [shape[a] if isinstance(shape[a], int) else size for a, size in zip(axes, sizes, strict=True)]
+        factors = np.asarray(sizes, np.float32) / np.asarray(lengths, np.float32)
         policy = node.attr("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
             factors[:] = factors.min() if policy == "not_larger" else factors.max()

@@ -7,10 +7,9 @@ from math import prod
 
 import numpy as np
 
-from onnxcam.errors import ModelError
 from onnxcam.graph import Node
 from onnxcam.operators.kinds import At, Operator, Relevances, Routing, Share
-from onnxcam.operators.registry import operator
+from onnxcam.operators.registry import operator, refusal
 
 
 @operator("Where")
@@ -131,10 +130,7 @@ def _scattering(node: Node, places: Picked) -> Operator:
     """Operand 0 with entries replaced by, or added to, those of operand 2: `places(at)` says where, flat."""
     reduction = node.attr("reduction", "none")
     if reduction not in ("none", "add"):
-        raise ModelError(
-            f"node {node.name!r}: {node.op_type} with reduction {reduction!r} has no operator; explain a layer that "
-            "lies behind it (see `onnxcam layers`)"
-        )
+        raise refusal(node, f"there is no operator for {node.op_type} with reduction {reduction!r}")
 
     def route(at: At, rs: Relevances) -> list[Share]:
         ops, shape, index = at.ops, at.shape(0), np.ravel(places(at))

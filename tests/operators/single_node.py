@@ -15,7 +15,7 @@ from onnxcam.engines.array import array_ops
 from onnxcam.graph import Graph, Node
 from onnxcam.operators import lookup
 from onnxcam.operators.kinds import At
-from onnxcam.propagate import _Values, propagate
+from onnxcam.propagate import TapValues, propagate
 
 Values = dict[str, np.ndarray]
 
@@ -80,7 +80,7 @@ class Single:
         self.node: Node = self.graph.nodes[0]
         self.ops = ops or array_ops("numpy", "float64")
         self.taps = {**feeds, **dict(zip((o for o in self.node.outputs if o), outputs, strict=False))}
-        self.at = At(self.node, _Values(self.graph, self.taps, self.ops, {}))
+        self.at = At(self.node, TapValues(self.graph, self.taps, self.ops, {}))
         self.operator: Any = lookup(self.node)
         self.operand: int = getattr(self.operator, "operand", 0)
 

@@ -148,6 +148,15 @@ def test_arithmetic_sums_over_the_axes_that_were_repeated(
     check(op, BINARY[op], [left, np.asarray(right)], constants)
 
 
+@pytest.mark.parametrize("op", BINARY)
+def test_the_broadcasting_of_before_opset_7_is_refused_by_name(op: str) -> None:
+    model, feeds = build(op, [normal(2, 3, 4), normal(3)], (), opset=6, broadcast=1, axis=1)
+    with pytest.raises(
+        ModelError, match=rf"node '{op.lower()}': {op} broadcasts along an axis.*opset 6.*onnxcam layers"
+    ):
+        Single(model, feeds, [normal(2, 3, 4)])
+
+
 @pytest.mark.parametrize("op", ["Sum", "Mean"])
 def test_sums_of_many(op: str) -> None:
     def formula(*xs: np.ndarray) -> np.ndarray:

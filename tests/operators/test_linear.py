@@ -179,5 +179,5 @@ def test_a_weight_or_bias_that_depends_on_the_input_is_refused_by_name(
     op: str, inputs: list[np.ndarray], dynamic: str
 ) -> None:
     model, feeds = build(op, inputs, (1,) if dynamic == "bias" else ())
-    with pytest.raises(ModelError, match=f"node '{op.lower()}': the {dynamic} of {op}.*onnxcam layers"):
+    with pytest.raises(ModelError, match=f"node '{op.lower()}': the {dynamic} of {op} .*onnxcam layers"):
         Single(model, feeds, runtime(model, feeds))

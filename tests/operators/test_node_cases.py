@@ -19,7 +19,7 @@ import onnx.backend.test.case.base as case_base
 import onnx.reference.ops.op_erf as op_erf
 import onnx.reference.ops.op_pool_common as pools
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxcam.engines.session import in_double
@@ -36,6 +36,10 @@ KNOWN = FLOATS | {
 # Operands that must be constants of the graph.
 FIXED = {
     "BatchNormalization": (1, 2, 3, 4),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "LayerNormalization": (1, 2),
+    "RMSNormalization": (1,),
     "Conv": (1, 2),
     "ConvTranspose": (1, 2),
     "Gemm": (1, 2),
@@ -132,6 +136,8 @@ def prepared(case: Case, constants: set[str]) -> tuple[onnx.ModelProto, Values]:
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
     del model.graph.input[:]
+    if case.node.op_type == "GroupNormalization":  # its definition would compute in float32
+        model.graph.node[0].attribute.append(helper.make_attribute("stash_type", TensorProto.DOUBLE))
     feeds = {}
     for value, array in zip(case.model.graph.input, case.inputs, strict=True):
         if "pool" in case.name:  # the reference loops over cells in Python
@@ -206,7 +212,7 @@ def is_linear(case: Case) -> bool:
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases().values() if is_linear(c)])
 def test_what_rules_see_of_a_linear_operator_gives_its_output(case: Case) -> None:
-    """`bind(at)` is what rules divide by. Oracle: onnx.reference in float64, 1e-10; bilinear and cubic are not bound."""
+    """`bind(at)` is what rules divide by. Oracle: onnx.reference in float64, 1e-10."""
     if case.node.op_type == "Resize" and ("cubic" in case.name or "extrapolation_value" in case.name):
         pytest.skip("relevance is shared by another map on purpose: see test_resize")
     model, feeds = prepared(case, {n.name for n in case.model.graph.input} - {case.signals[0]})

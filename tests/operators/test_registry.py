@@ -26,12 +26,14 @@ def test_an_op_type_is_registered_once_for_each_opset() -> None:
 
 def test_an_unknown_operator_is_named_with_its_opset_and_the_way_out() -> None:
     model, feeds = build("Relu", [np.zeros(3, np.float32)])
-    model.graph.node[0].op_type = "Gely"
-    with pytest.raises(ModelError, match=r"node 'relu': no operator for Gely at opset 21 \(there is one for Gelu\)"):
+    model.graph.node[0].op_type = "GlobalAvgPool"
+    with pytest.raises(ModelError, match=r"node 'relu': no operator for GlobalAvgPool at opset 21 .*GlobalAveragePool"):
         Single(model, feeds, [])
 
 
-@pytest.mark.parametrize("case", [p.values[0] for p in variants() if p.id.endswith("-first")][::6], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [p.values[0] for p in variants() if p.id.endswith("-first")][::6], ids=lambda c: c.name
+)
 def test_an_operator_is_made_without_values_and_every_composite_has_a_rule_for_it(case: Case) -> None:
     model, _ = prepared(case, {n.name for n in case.model.graph.input} - {case.signals[0]})
     single = Single(model, {}, [])

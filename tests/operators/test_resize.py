@@ -87,6 +87,14 @@ def test_the_opsets_since_11_share_their_defaults(opset: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_the_transformation_that_opset_13_dropped(mode: str) -> None:
+    inputs = [normal(1, 2, 4, 5), np.zeros(0, np.float32), np.array([1, 1, 2, 1.5], np.float32)]
+    check_map(
+        *build("Resize", inputs, (1, 2), opset=11, mode=mode, coordinate_transformation_mode="tf_half_pixel_for_nn")
+    )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
 @pytest.mark.parametrize("scales", [(2, 2), (3, 1.5), (0.5, 0.7), (1, 2.5)])
 @pytest.mark.parametrize("opset", [7, 9, 10])
 def test_upsample_and_the_first_resize(mode: str, scales: tuple[float, float], opset: int) -> None:

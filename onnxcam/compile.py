@@ -1,0 +1,336 @@
+"""Compile an explanation: forward, start, walk and combination recorded as one ONNX model.
+
+Image in; logits, the classes explained and one map per layer out. The model is made of standard ONNX ops, keeps the
+user's graph as it is with the explanation behind it, and runs and deploys like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnxcam.canonise.order import tidy
+from onnxcam.composites import Composite, composite as find_composite
+from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
+from onnxcam.errors import ModelError, UsageError
+from onnxcam.files import safe_name, write_atomically
+from onnxcam.graph import Graph
+from onnxcam.layers import Layer
+from onnxcam.methods import Method, method as find_method
+from onnxcam.operators.kinds import Array
+from onnxcam.propagate import walk
+from onnxcam.signs import nonnegative_tensors
+from onnxcam.starts import Start, start as find_start
+from onnxcam.targets import Target
+
+if TYPE_CHECKING:
+    from onnxcam.model import Canonical, Model, Size
+
+# ScatterElements adds from opset 16 on; 17 is what the official converter is best tried with.
+OLDEST_OPSET = 17
+TARGETS = "targets"
+PREDICTED = -1
+
+
+class _Recorded:
+    """Values while recording: constants are known, everything else is a symbol of the graph."""
+
+    def __init__(self, graph: Graph, ops: RecorderOps):
+        self.graph, self.ops = graph, ops
+        self._tensors: dict[str, gs.Tensor] = ops.graph.tensors()
+        self._positive = nonnegative_tensors(graph)
+        self._made: dict[tuple[str, str], Symbol] = {}
+
+    def host(self, tensor: str) -> np.ndarray:
+        constant = self.graph.constants.get(tensor)
+        if constant is None:
+            node = self.graph.producer(tensor)
+            raise ModelError(
+                f"tensor {tensor!r}{f' of node {node.name!r} ({node.op_type})' if node else ''} is only known when the "
+                "model runs, so what depends on it cannot be compiled; explain with --engine numpy"
+            )
+        return constant
+
+    def shape(self, tensor: str) -> Any:
+        constant = self.graph.constants.get(tensor)
+        if constant is not None:
+            return constant.shape
+        shape = self.graph.shape(tensor)
+        if shape is None or any(not isinstance(n, int) for n in shape[1:]):
+            raise ModelError(f"the shape of tensor {tensor!r} is not known: it cannot be compiled; use --engine numpy")
+        return tuple(n if isinstance(n, int) else BATCH for n in shape)
+
+    def array(self, tensor: str) -> Symbol:
+        return self.derived(tensor, "", lambda x: x)
+
+    def derived(self, tensor: str, what: str, make: Callable[[Array], Array]) -> Symbol:
+        key = (tensor, what)
+        if key not in self._made:
+            if what:
+                self._made[key] = make(self.array(tensor))
+            else:
+                self._made[key] = self.ops.tap(self._tensors[tensor], self.shape(tensor), tensor in self._positive)
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An explanation as a model.
+
+    Attributes:
+        proto: image in; `logits`, `targets` (the classes explained) and the maps out.
+        maps: layer name to the output that holds its map, (N, T, *spatial).
+        notes: what a user should know, an opset that was raised, say.
+    """
+
+    proto: onnx.ModelProto
+    maps: dict[str, str]
+    notes: list[str]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model; it appears whole or not at all.
+
+        Raises:
+            UsageError: the place cannot be written to.
+        """
+        return write_atomically(Path(path), lambda stream: stream.write(self.proto.SerializeToString()))
+
+
+def compile(
+    model: Model,
+    layers: Sequence[str | int] = ("auto",),
+    targets: int | Sequence[Target] | None = None,
+    *,
+    method: str | Method = "relevance-cam",
+    composite: str | Composite | None = None,
+    start: str | Start | None = None,
+    size: Size | None = None,
+    upsample: bool = False,
+    normalise: bool = False,
+) -> Compiled:
+    """Compile the explanation of `model` at `layers`.
+
+    Args:
+        model: from `onnxcam.load`.
+        layers: what `--layer` accepts.
+        targets: classes fixed in the model (numbers, labels, "predicted"); or how many an input `targets`, int64
+            (N, T), gives, where -1 stands for the predicted class; by default one.
+        method, composite, start: as for `explain`.
+        size: spatial size of the input, where the file leaves it open.
+        upsample: bring every map to the input's size, bilinearly.
+        normalise: scale every map to 0..1 by its own minimum and maximum; a constant map gives zeros.
+
+    Raises:
+        UsageError: a name means nothing.
+        ModelError: the model cannot be compiled there; the message names the node.
+    """
+    chosen = find_method(method)
+    rules = find_composite(composite or chosen.composite)
+    begin = find_start(start or chosen.start)
+    size = size or model.size
+    found = model.resolve([layers] if isinstance(layers, str | int) else list(layers), size)
+    tensors = list(dict.fromkeys(layer.tensor for layer in found.values()))
+    listed = {row.tensor for row in model.layers(size)}
+    canonical = model.canonical(size, frozenset(tensors) - listed, rules.fold_batchnorm)
+    if rules.needs_box:
+        if model.spec.layout is None:
+            raise UsageError(f"composite {rules.name} needs the range of the input, which only pictures have")
+        rules = rules.with_box(*model.preprocess.bounds(model.spec))
+    fixed = None if targets is None or isinstance(targets, int) else _fixed(model, targets)
+    count = len(fixed) if fixed else (targets if isinstance(targets, int) else 1)
+    proto, maps, notes = record(
+        canonical, found, chosen, rules, begin, count=count, fixed=fixed, upsample=upsample, normalise=normalise
+    )
+    metadata = {
+        "onnxcam.source_sha256": model.sha256,
+        "onnxcam.method": chosen.name,
+        "onnxcam.composite": rules.name,
+        "onnxcam.start": begin.name,
+        "onnxcam.layers": json.dumps({name: layer.tensor for name, layer in found.items()}),
+        "onnxcam.maps": json.dumps(maps),
+        "onnxcam.version": _version(),
+    }
+    onnx.helper.set_model_props(proto, {**model.metadata, "onnxcam.preprocess": model.preprocess.to_json(), **metadata})
+    return Compiled(proto, maps, notes)
+
+
+def record(
+    canonical: Canonical,
+    layers: Mapping[str, Layer],
+    method: Method,
+    rules: Composite,
+    start: Start,
+    *,
+    count: int = 1,
+    fixed: Sequence[int] | None = None,
+    upsample: bool = False,
+    normalise: bool = False,
+    sums: bool = False,
+) -> tuple[onnx.ModelProto, dict[str, str], list[str]]:
+    """Record forward, start, walk and combination; returns the model, layer name to output name, and notes.
+
+    `sums` adds outputs `sum/<layer>`, (N, T): the relevance that arrived there.
+    """
+    graph, notes = _raised(canonical.graph)
+    surgeon = graph.surgeon.copy()
+    ops = RecorderOps(surgeon)
+    values = _Recorded(graph, ops)
+    logits, onehot, chosen = _targets(ops, values, canonical.logits, count, fixed)
+    relevance = start.at(ops, logits, onehot)
+    shape = values.shape(canonical.logits)
+    relevance = ops.reshape(relevance, shape)
+    tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
+    flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=False)
+
+    outputs = [_output(ops, logits, "logits"), _output(ops, chosen, "chosen_targets" if fixed is None else TARGETS)]
+    names: dict[str, str] = {}
+    for name, layer in layers.items():
+        if layer.tensor not in flow.relevance:
+            raise ModelError(f"no relevance reaches layer {name!r}: nothing differentiable leads from it to the logits")
+        at_layer = flow.relevance[layer.tensor]
+        heat = method.combine(ops, values.array(layer.tensor), at_layer)
+        heat = _images_first(ops, heat)
+        if upsample:
+            heat = _upsampled(ops, heat, graph.shape(graph.inputs[0]))
+        if normalise:
+            heat = _normalised(ops, heat)
+        names[name] = _unique(f"map_{safe_name(layer.node)}", {*names.values()})
+        outputs.append(_output(ops, heat, names[name]))
+        if sums:
+            total = ops.sum(at_layer, tuple(range(2 - at_layer.ndim, 0)))
+            outputs.append(_output(ops, _images_first(ops, total), f"sum/{name}"))
+    surgeon.outputs = outputs
+    with G_LOGGER.suppress():
+        tidy(surgeon, frozenset())
+        return gs.export_onnx(surgeon, do_type_check=False), names, notes
+
+
+def _raised(graph: Graph) -> tuple[Graph, list[str]]:
+    """The graph at an opset that has all ops the walk needs."""
+    if graph.opset() >= OLDEST_OPSET:
+        return graph, []
+    proto = gs.export_onnx(graph.surgeon, do_type_check=False)
+    try:
+        raised = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
+    except Exception as error:  # the converter raises RuntimeError, ConvertError and others
+        raise ModelError(
+            f"the model has opset {graph.opset()}, compiling needs {OLDEST_OPSET}, and ONNX's converter fails: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}; use --engine numpy"
+        ) from error
+    from onnxcam.canonise import canonise
+
+    note = f"opset raised from {graph.opset()} to {OLDEST_OPSET}, which the explanation needs"
+    kept = frozenset(name for node in graph.nodes for name in node.outputs if name)
+    return Graph(canonise(raised, keep=kept & _tensor_names(raised), fold_batchnorm=False)), [note]
+
+
+def _tensor_names(proto: onnx.ModelProto) -> frozenset[str]:
+    return frozenset(name for node in proto.graph.node for name in node.output)
+
+
+def _targets(
+    ops: RecorderOps, values: _Recorded, name: str, count: int, fixed: Sequence[int] | None
+) -> tuple[Symbol, Symbol, Symbol]:
+    """Logits (N, K), the classes as one-hot rows (T, N, max(K, 2)), and the classes (N, T)."""
+    raw = values.array(name)
+    batch, *rest = raw.shape if len(raw.shape) > 1 else (1, *raw.shape)
+    k = int(np.prod([n for n in rest if isinstance(n, int)]))
+    logits = ops.shaped(raw, (batch, k))
+    if k > 1:
+        predicted = ops.record("ArgMax", [logits], (batch, 1), dtype=np.int64, axis=1, keepdims=1)
+    else:
+        predicted = ops.record("Cast", [logits > 0.0], (batch, 1), dtype=np.int64, to=7)
+    if fixed is not None:
+        wanted = Symbol(ops, ops.constant(np.array([fixed], np.int64)), (1, count))
+    else:
+        taken = ops.graph.tensors()
+        label = _unique(TARGETS, set(taken))
+        variable = gs.Variable(label, dtype=np.int64, shape=[_batch_name(ops, batch), count])
+        ops.graph.inputs.append(variable)
+        wanted = Symbol(ops, variable, (batch, count))
+    negative = ops.record("Less", [wanted, np.array(0, np.int64)], wanted.shape, dtype=bool)
+    chosen = ops.record("Where", [negative, predicted, wanted], (batch, count), dtype=np.int64)
+    classes = np.arange(max(k, 2), dtype=np.int64)
+    if count == 1:
+        hit = ops.record("Equal", [chosen, classes], (1, batch, len(classes)), bare=True, dtype=bool)
+    else:
+        turned = ops.record("Transpose", [chosen], (count, batch), dtype=np.int64, perm=[1, 0])
+        column = ops.record("Unsqueeze", [turned, np.array([-1], np.int64)], (count, batch, 1), dtype=np.int64)
+        hit = ops.record("Equal", [column, classes], (count, batch, len(classes)), dtype=bool)
+    return logits, ops.mask(hit), chosen
+
+
+def _batch_name(ops: RecorderOps, batch: int | str) -> int | str:
+    """The batch axis as the graph's own input names it."""
+    if isinstance(batch, int):
+        return batch
+    first: int | str = ops.graph.inputs[0].shape[0]
+    return first
+
+
+def _images_first(ops: RecorderOps, x: Symbol) -> Symbol:
+    """(T, N, ...) as (N, T, ...)."""
+    shape = (x.shape[1], x.shape[0], *x.shape[2:])
+    if x.bare:
+        return ops.record("Unsqueeze", [x, np.array([1], np.int64)], shape)
+    return ops.record("Transpose", [x], shape, perm=[1, 0, *range(2, len(shape))])
+
+
+def _upsampled(ops: RecorderOps, x: Symbol, image: Any) -> Symbol:
+    """Bilinear, pixel centres aligned, to the size of the image (N, C, H, W) or (N, H, W, C)."""
+    spatial = image[1:3] if image[-1] in (1, 3) and image[1] not in (1, 3) else image[2:]
+    if len(x.shape) != 4:
+        raise UsageError("only maps of pictures can be upsampled")
+    scales = [1.0, 1.0, *(n / m for n, m in zip(spatial, x.shape[2:], strict=True))]
+    return ops.record(
+        "Resize", [x, gs.Variable.empty(), np.array(scales, np.float32)], (*x.shape[:2], *spatial), mode="linear",
+        coordinate_transformation_mode="half_pixel",
+    )  # fmt: skip
+
+
+def _normalised(ops: RecorderOps, x: Symbol) -> Symbol:
+    axes = tuple(range(2 - len(x.shape), 0))
+    low = ops.min(x, axes)
+    span = ops.max(x, axes) - low
+    flat = span > 0.0
+    return ops.where(flat, (x - low) / ops.where(flat, span, 1.0), 0.0)
+
+
+def _output(ops: RecorderOps, x: Symbol, name: str) -> gs.Variable:
+    """`x` as a graph output of that name."""
+    dtype = np.int64 if x.tensor.dtype is not None and np.dtype(x.tensor.dtype) == np.int64 else np.float32
+    shape = [n if isinstance(n, int) else _batch_name(ops, n) for n in x.shape]
+    out = gs.Variable(_unique(name, set(ops.graph.tensors())), dtype=dtype, shape=shape)
+    ops.graph.nodes.append(gs.Node(op="Identity", name=out.name, inputs=[x.tensor], outputs=[out]))
+    return out
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    k, unique = 2, name
+    while unique in taken:
+        unique, k = f"{name}_{k}", k + 1
+    return unique
+
+
+def _fixed(model: Model, targets: Sequence[Target] | Target) -> list[int]:
+    listed = [targets] if isinstance(targets, str | int) else list(targets)
+    out: list[int] = []
+    for target in listed:
+        out += [PREDICTED] if str(target).strip() == "predicted" else model.labels.find(str(target))
+    if not out:
+        raise UsageError("there is no target to compile for")
+    return out
+
+
+def _version() -> str:
+    import onnxcam
+
+    return onnxcam.__version__
