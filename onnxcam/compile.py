@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 # ScatterElements adds from opset 16 on; 17 is what the official converter is best tried with.
 OLDEST_OPSET = 17
 TARGETS = "targets"
-PREDICTED = -1
+LOGITS = "logits"
+BALANCE = "balance"
+PREDICTED = -1  # as a target: the most likely class; -2 the second most likely, and so on
 
 
 class _Recorded:
@@ -122,7 +124,7 @@ def compile(
         model: from `onnxcam.load`.
         layers: what `--layer` accepts.
         targets: classes fixed in the model (numbers, labels, "predicted"); or how many an input `targets`, int64
-            (N, T), gives, where -1 stands for the predicted class; by default one.
+            (N, T), gives, where -1 stands for the predicted class, -2 for the second; by default one.
         method, composite, start: as for `explain`.
         size: spatial size of the input, where the file leaves it open.
         upsample: bring every map to the input's size, bilinearly.
@@ -146,9 +148,11 @@ def compile(
         rules = rules.with_box(*model.preprocess.bounds(model.spec))
     fixed = None if targets is None or isinstance(targets, int) else _fixed(model, targets)
     count = len(fixed) if fixed else (targets if isinstance(targets, int) else 1)
-    proto, maps, notes = record(
-        canonical, found, chosen, rules, begin, count=count, fixed=fixed, upsample=upsample, normalise=normalise
-    )
+    made = record(
+        canonical, found, chosen, rules, begin, count=count, fixed=fixed, ranks=count, upsample=upsample,
+        normalise=normalise,
+    )  # fmt: skip
+    proto, maps = made.proto, made.maps
     metadata = {
         "onnxcam.source_sha256": model.sha256,
         "onnxcam.method": chosen.name,
@@ -159,7 +163,17 @@ def compile(
         "onnxcam.version": _version(),
     }
     onnx.helper.set_model_props(proto, {**model.metadata, "onnxcam.preprocess": model.preprocess.to_json(), **metadata})
-    return Compiled(proto, maps, notes)
+    return Compiled(proto, maps, made.notes)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded model, layer name to output name, notes, and (node, op type, rule) of each row of its balances."""
+
+    proto: onnx.ModelProto
+    maps: dict[str, str]
+    notes: list[str]
+    balanced: list[tuple[str, str, str]]
 
 
 def record(
@@ -173,24 +187,28 @@ def record(
     fixed: Sequence[int] | None = None,
     upsample: bool = False,
     normalise: bool = False,
+    ranks: int = 1,
     sums: bool = False,
-) -> tuple[onnx.ModelProto, dict[str, str], list[str]]:
-    """Record forward, start, walk and combination; returns the model, layer name to output name, and notes.
+    balances: bool = False,
+) -> Recording:
+    """Record forward, start, walk and combination.
 
-    `sums` adds outputs `sum/<layer>`, (N, T): the relevance that arrived there.
+    `ranks` is how many of the most likely classes targets may ask for. `sums` adds outputs `sum/<layer>`, (N, T): the
+    relevance that arrived there. `balances` adds `balance`, (nodes, 3, N, T): what every node received and handed on,
+    and the magnitude of what it received.
     """
     graph, notes = _raised(canonical.graph)
     surgeon = graph.surgeon.copy()
     ops = RecorderOps(surgeon)
     values = _Recorded(graph, ops)
-    logits, onehot, chosen = _targets(ops, values, canonical.logits, count, fixed)
+    logits, onehot, chosen = _targets(ops, values, canonical.logits, count, fixed, ranks)
     relevance = start.at(ops, logits, onehot)
     shape = values.shape(canonical.logits)
     relevance = ops.reshape(relevance, shape)
     tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
-    flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=False)
+    flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=balances)
 
-    outputs = [_output(ops, logits, "logits"), _output(ops, chosen, "chosen_targets" if fixed is None else TARGETS)]
+    outputs = [_output(ops, logits, LOGITS), _output(ops, chosen, "chosen_targets" if fixed is None else TARGETS)]
     names: dict[str, str] = {}
     for name, layer in layers.items():
         if layer.tensor not in flow.relevance:
@@ -207,10 +225,20 @@ def record(
         if sums:
             total = ops.sum(at_layer, tuple(range(2 - at_layer.ndim, 0)))
             outputs.append(_output(ops, _images_first(ops, total), f"sum/{name}"))
+    if flow.balances:
+        rows = [_images_first(ops, total) for b in flow.balances for total in (b.received, b.handed, b.magnitude)]
+        batch, targets = rows[0].shape
+        stacked = ops.concat([ops.shaped(row, (1, batch, targets)) for row in rows], 0)
+        shaped = ops.record(
+            "Reshape", [stacked, np.array([len(rows) // 3, 3, *_sizes((batch, targets))], np.int64)],
+            (len(rows) // 3, 3, batch, targets),
+        )  # fmt: skip
+        outputs.append(_output(ops, shaped, BALANCE))
     surgeon.outputs = outputs
     with G_LOGGER.suppress():
         tidy(surgeon, frozenset())
-        return gs.export_onnx(surgeon, do_type_check=False), names, notes
+        proto = gs.export_onnx(surgeon, do_type_check=False)
+    return Recording(proto, names, notes, [(b.node, b.op_type, b.rule) for b in flow.balances])
 
 
 def _raised(graph: Graph) -> tuple[Graph, list[str]]:
@@ -237,27 +265,44 @@ def _tensor_names(proto: onnx.ModelProto) -> frozenset[str]:
 
 
 def _targets(
-    ops: RecorderOps, values: _Recorded, name: str, count: int, fixed: Sequence[int] | None
+    ops: RecorderOps, values: _Recorded, name: str, count: int, fixed: Sequence[int] | None, ranks: int
 ) -> tuple[Symbol, Symbol, Symbol]:
     """Logits (N, K), the classes as one-hot rows (T, N, max(K, 2)), and the classes (N, T)."""
     raw = values.array(name)
     batch, *rest = raw.shape if len(raw.shape) > 1 else (1, *raw.shape)
     k = int(np.prod([n for n in rest if isinstance(n, int)]))
     logits = ops.shaped(raw, (batch, k))
-    if k > 1:
-        predicted = ops.record("ArgMax", [logits], (batch, 1), dtype=np.int64, axis=1, keepdims=1)
-    else:
-        predicted = ops.record("Cast", [logits > 0.0], (batch, 1), dtype=np.int64, to=7)
+    ranks = min(ranks, max(k, 2))
+    ranked = _ranked(ops, logits, k, ranks)
     if fixed is not None:
         wanted = Symbol(ops, ops.constant(np.array([fixed], np.int64)), (1, count))
     else:
-        taken = ops.graph.tensors()
-        label = _unique(TARGETS, set(taken))
+        label = _unique(TARGETS, set(ops.graph.tensors()))
         variable = gs.Variable(label, dtype=np.int64, shape=[_batch_name(ops, batch), count])
         ops.graph.inputs.append(variable)
         wanted = Symbol(ops, variable, (batch, count))
     negative = ops.record("Less", [wanted, np.array(0, np.int64)], wanted.shape, dtype=bool)
-    chosen = ops.record("Where", [negative, predicted, wanted], (batch, count), dtype=np.int64)
+    likely = ranked
+    if ranks > 1:
+        # -1, -2, ... are places 0, 1, ... among the most likely classes.
+        place = ops.record("Sub", [np.array(-1, np.int64), wanted], wanted.shape, dtype=np.int64)
+        place = ops.record(
+            "Clip", [place, np.array(0, np.int64), np.array(ranks - 1, np.int64)], wanted.shape, dtype=np.int64
+        )
+        if fixed is not None:
+            every = ops.record(
+                "Shape",
+                [
+                    ops.record(
+                        "Slice", [ranked, *(np.array([v], np.int64) for v in (0, 1, 1))], (batch, 1), dtype=np.int64
+                    )
+                ],
+                (2,),
+                dtype=np.int64,
+            )
+            place = ops.record("Expand", [place, every], (batch, count), dtype=np.int64)
+        likely = ops.record("GatherElements", [ranked, place], (batch, count), dtype=np.int64, axis=1)
+    chosen = ops.record("Where", [negative, likely, wanted], (batch, count), dtype=np.int64)
     classes = np.arange(max(k, 2), dtype=np.int64)
     if count == 1:
         hit = ops.record("Equal", [chosen, classes], (1, batch, len(classes)), bare=True, dtype=bool)
@@ -266,6 +311,26 @@ def _targets(
         column = ops.record("Unsqueeze", [turned, np.array([-1], np.int64)], (count, batch, 1), dtype=np.int64)
         hit = ops.record("Equal", [column, classes], (count, batch, len(classes)), dtype=bool)
     return logits, ops.mask(hit), chosen
+
+
+def _ranked(ops: RecorderOps, logits: Symbol, k: int, ranks: int) -> Symbol:
+    """The most likely classes, (N, ranks); a single logit speaks for class 1 where it is positive, else for class 0."""
+    batch = logits.shape[0]
+    if k == 1:
+        first = ops.record("Cast", [logits > 0.0], (batch, 1), dtype=np.int64, to=7)
+        if ranks == 1:
+            return first
+        second = ops.record("Sub", [np.array(1, np.int64), first], (batch, 1), dtype=np.int64)
+        return ops.record("Concat", [first, second], (batch, 2), dtype=np.int64, axis=1)
+    if ranks == 1:
+        return ops.record("ArgMax", [logits], (batch, 1), dtype=np.int64, axis=1, keepdims=1)
+    top = ops.record("TopK", [logits, np.array([ranks], np.int64)], (batch, ranks), dtype=np.int64, outputs=2, axis=1)
+    top.tensor.inputs[0].outputs[0].dtype = np.float32
+    return top
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    return [n if isinstance(n, int) else -1 for n in shape]
 
 
 def _batch_name(ops: RecorderOps, batch: int | str) -> int | str:
@@ -305,9 +370,12 @@ def _normalised(ops: RecorderOps, x: Symbol) -> Symbol:
 
 
 def _output(ops: RecorderOps, x: Symbol, name: str) -> gs.Variable:
-    """`x` as a graph output of that name."""
+    """`x` as a graph output of that name, or of a like one where the user's file has another tensor of that name."""
     dtype = np.int64 if x.tensor.dtype is not None and np.dtype(x.tensor.dtype) == np.int64 else np.float32
     shape = [n if isinstance(n, int) else _batch_name(ops, n) for n in x.shape]
+    if x.tensor.name == name:
+        x.tensor.dtype, x.tensor.shape = dtype, shape
+        return x.tensor
     out = gs.Variable(_unique(name, set(ops.graph.tensors())), dtype=dtype, shape=shape)
     ops.graph.nodes.append(gs.Node(op="Identity", name=out.name, inputs=[x.tensor], outputs=[out]))
     return out

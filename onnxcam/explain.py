@@ -237,7 +237,10 @@ def _explain_batch(
     maps = {}
     for name, layer in layers.items():
         if layer.tensor not in flow.relevance:
-            raise ModelError(f"no relevance reaches layer {name!r}: nothing differentiable leads from it to the logits")
+            raise ModelError(
+                f"no relevance reaches layer {name!r} by the rules of {rules.name!r}: it weighs what is seen, as a "
+                "gate or a statistic does; name a layer before or behind it"
+            )
         combined = method.combine(ops, ops.asarray(taps[layer.tensor]), flow.relevance[layer.tensor])
         heat = np.moveaxis(np.asarray(ops.to_host(combined)), 0, 1)[:count].astype(np.float32)
         if not np.isfinite(heat).all():

@@ -216,6 +216,7 @@ class Explanation:
             UsageError: the folder cannot be written to.
         """
         folder = writable_folder(out)
+        (folder / "manifest.json").unlink(missing_ok=True)  # it would not be true of what is written from here on
         written: list[Path] = []
         entries = []
         stems = self._stems()
@@ -250,9 +251,10 @@ class Explanation:
                 )
             entries.append({"name": picture.name, "folder": directory, "targets": targets})
         manifest = self.manifest() | {"images": entries}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        written.append(write_atomically(folder / "manifest.json", lambda s: s.write(text.encode() + b"\n")))
-        return written
+        # What is no UTF-8 in a file's name is escaped as JSON does.
+        text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        written.append(write_atomically(folder / "manifest.json", lambda s: s.write(text)))
+        return list(dict.fromkeys(written))
 
     def _stems(self) -> dict[str, str]:
         """What each layer is called in file names: its node, or its tensor where another layer has the node's name.

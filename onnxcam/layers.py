@@ -12,7 +12,7 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -45,8 +45,7 @@ class Layer:
         tensor: the tensor whose channels are weighted.
         shape: the tensor's shape, (N, C, *spatial).
         stage: 1 for the finest resolution, counting up as the maps get coarser.
-        sign: "nonnegative"; "mostly positive" behind an activation such as SiLU; "signed" where much may be negative;
-            "gate" for a mask that weighs something else.
+        sign: "nonnegative"; "mostly positive" behind an activation such as SiLU; "signed" where much may be negative.
         suggested: the best place at its resolution.
         bottleneck: everything the model sees on its way to the logits passes through this one tensor.
         path: the module path, where the file records one.
@@ -114,7 +113,7 @@ def list_layers(
     spatial = spatial_axes(graph, inputs)
     self_gated = self_gates(graph)
     inside_gates, masks = _gates(graph, self_gated)
-    on_path = [node for node in graph.between(graph.inputs, logits) if _holds_data(graph, node)]
+    on_path = _seen(graph, logits, inside_gates | masks)
     below = {name for node in on_path for name in node.inputs}
     nonnegative = nonnegative_tensors(graph)
     mostly = mostly_positive_tensors(graph, nonnegative)
@@ -126,17 +125,27 @@ def list_layers(
         if node.op_type in _NO_LAYER or tensor in seen or tensor not in below:
             continue
         last = activation_output(graph, tensor, self_gated)
-        if tensor in inside_gates or last in seen or last not in below:
+        if last in seen or last not in below:
             continue
         seen.update(_chain(graph, tensor, last))
         shape = graph.shape(last)
         if shape is None or not _has_map(graph, last, shape, spatial.get(last, ())):
             continue
-        kinds = (("gate", masks), ("nonnegative", nonnegative), ("mostly positive", mostly))
-        sign = next((kind for kind, members in kinds if last in members), "signed")
+        sign = "nonnegative" if last in nonnegative else "mostly positive" if last in mostly else "signed"
         path = (paths or {}).get(node.name, "")
         rows.append(Layer(len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path))
     return _suggest(_stages(rows))
+
+
+def _seen(graph: Graph, logits: str, weights: Collection[str]) -> list[Node]:
+    """The nodes from the inputs to `logits`, in order, without those that lead to weights or shapes only."""
+    wanted = {logits}
+    found = []
+    for node in reversed(graph.between(graph.inputs, logits)):
+        if any(name in wanted for name in node.outputs):
+            wanted.update(name for name in node.inputs if name not in weights)
+            found.append(node)
+    return [node for node in reversed(found) if _holds_data(graph, node)]
 
 
 def _holds_data(graph: Graph, node: Node) -> bool:
@@ -218,7 +227,7 @@ def _suggest(rows: list[Layer]) -> list[Layer]:
         by_stage[row.stage].append(row)
     chosen = set()
     for members in by_stage.values():
-        order = ("nonnegative", "mostly positive", "signed", "gate")
+        order = ("nonnegative", "mostly positive", "signed")
         best = max(members, key=lambda r: (-order.index(r.sign), r.bottleneck, r.index))
         chosen.add(best.index)
     return [replace(r, suggested=r.index in chosen) for r in rows]

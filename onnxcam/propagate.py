@@ -8,7 +8,7 @@ nothing has no entry, which is not the same as zeros. One walk serves all layers
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,14 @@ from onnxcam.operators.kinds import Array, At, Values
 
 @dataclass(frozen=True)
 class Balance:
-    """Sums of relevance over one node, for each target and image: arrays of shape (T, N)."""
+    """Sums of relevance over one node, for each target and image: arrays of shape (T, N), of the engine in a walk."""
 
     node: str
     op_type: str
     rule: str
-    received: np.ndarray
-    handed: np.ndarray
-    magnitude: np.ndarray
+    received: Array
+    handed: Array
+    magnitude: Array
 
     @property
     def residual(self) -> float:
@@ -123,7 +123,18 @@ def propagate(
         ModelError: relevance reaches a node without an operator; the message names it.
     """
     values = TapValues(graph, taps, ops, {} if cache is None else cache)
-    return walk(graph, values, {name: ops.asarray(r) for name, r in starts.items()}, layers, composite)
+    flow = walk(graph, values, {name: ops.asarray(r) for name, r in starts.items()}, layers, composite)
+
+    def host(array: Array) -> np.ndarray:
+        return np.asarray(ops.to_host(array), np.float64)
+
+    return Flow(
+        flow.relevance,
+        [
+            replace(b, received=host(b.received), handed=host(b.handed), magnitude=host(b.magnitude))
+            for b in flow.balances
+        ],
+    )
 
 
 def walk(
@@ -164,11 +175,11 @@ def walk(
 
 
 def _balance(ops: Any, node: Node, rule: str, arrived: list[Array | None], shares: list[Array]) -> Balance:
-    def total(arrays: list[Array]) -> np.ndarray:
-        sums = [ops.to_host(ops.sum(a, tuple(range(2, a.ndim)))) for a in arrays]
-        return np.asarray(sum(sums), np.float64) if sums else np.zeros(())
+    def total(arrays: list[Array]) -> Array:
+        sums = [ops.sum(a, tuple(range(2 - a.ndim, 0))) for a in arrays]
+        return sum(sums[1:], sums[0])
 
     present = [r for r in arrived if r is not None]
     received = total(present)
-    handed = total(shares) if shares else np.zeros_like(received)
+    handed = total(shares) if shares else ops.zeros_like(received)
     return Balance(node.name, node.op_type, rule, received, handed, total([ops.abs(r) for r in present]))

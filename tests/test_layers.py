@@ -8,14 +8,14 @@ import warnings
 import numpy as np
 import onnx
 import pytest
-from small_nets import NETS, classifier, resnet, silu
-from test_taps import in_the_file
 
 import onnxcam
-from onnxcam.errors import UsageError
+from onnxcam.errors import ModelError, UsageError
 from onnxcam.layers import better_neighbour, module_paths
 from onnxcam.methods import Method
 from onnxcam.model import Model, load
+from small_nets import NETS, classifier, resnet, silu
+from test_taps import in_the_file
 
 X = np.random.default_rng(1).normal(size=(2, 3, 16, 16)).astype(np.float32)
 
@@ -77,11 +77,16 @@ def test_the_gate_of_an_activation_spelt_out_is_not_suggested(gate):
     assert [row.tensor for row in model.layers()] == ["s"]
 
 
-def test_a_mask_made_by_attention_is_listed_but_not_suggested():
-    body = "c = Conv(x, w8x3x3_0) g = Sigmoid(c) s = Mul(c, g) k = Conv(s, w1x8x1_1) mask = Sigmoid(k) m = Mul(s, mask)"
+def test_an_attention_branch_is_no_layer_and_what_it_weighs_is():
+    """A mask and all that leads to nothing else: relevance goes past them, so `all` must do without."""
+    body = """c = Conv(x, w8x3x3_0) r = Relu(c) k = Conv(r, w4x8x1_1) rk = Relu(k) l = Conv(rk, w1x4x1_2)
+              mask = Sigmoid(l) m = Mul(r, mask)"""
     model = load(classifier(body, "m#8"))
-    assert {row.tensor: row.sign for row in model.layers()}["mask"] == "gate"
-    assert suggested(model) == ["m"]
+    assert [row.tensor for row in model.layers()] == ["r", "m"]
+    assert list(model.explain(X, "all").maps) == ["C", "M"]
+    with pytest.raises(ModelError, match="no relevance reaches layer 'rk' by the rules of 'relevance_cam'"):
+        model.explain(X, "rk")
+    assert model.explain(X, "rk", composite="gradient").maps["rk"].any()
 
 
 def test_tensors_with_channels_last_are_no_maps_and_say_so():
@@ -102,7 +107,7 @@ def test_attention_matrices_are_no_maps():
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 2, 4, 16]), "c_shape"))
     model = load(proto)
     assert [row.tensor for row in model.layers()] == ["c"]
-    with pytest.raises(UsageError, match="'a' .* has lost its spatial axes"):
+    with pytest.raises(UsageError, match=r"'a' .* has lost its spatial axes"):
         model.resolve(["a"])
 
 
@@ -114,7 +119,8 @@ def test_a_tensor_asked_for_by_name_is_exactly_that_tensor(net):
     spatial = [n for n, v in zip(names, in_the_file(proto, names, X), strict=True) if v.ndim == 4 and v.shape[-1] > 1]
     model = load(proto)
     for name, expected in zip(spatial, in_the_file(proto, spatial, X), strict=True):
-        ours = model.explain(X, [name], [0], method=VALUES).maps[name][:, 0]
+        # By the gradient, which reaches gates as well.
+        ours = model.explain(X, [name], [0], method=VALUES, composite="gradient").maps[name][:, 0]
         sums = expected.sum(1)
         np.testing.assert_allclose(ours, sums, rtol=0, atol=1e-5 * np.abs(expected).sum(1).max(), err_msg=name)
 

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from small_nets import classifier, resnet
 from walking import network
 
 import onnxcam
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.model import as_batches, load
+from small_nets import classifier, resnet
 
 WEIGHTS = {"w": np.ones((4, 3, 3, 3), np.float32), "v": np.ones((4, 5), np.float32)}
 BODY = "c = Conv(x, w) r = Relu(c) g = GlobalAveragePool(r) f = Flatten(g) y = Gemm(f, v)"

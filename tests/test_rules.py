@@ -389,6 +389,19 @@ def test_flat_counts_weights_of_zero_as_wired() -> None:
     np.testing.assert_allclose(got, [[[1.0, 1.0, 1.0]]], rtol=1e-15)
 
 
+def test_a_constant_that_repeats_the_output_is_no_bias() -> None:
+    """A position embedding over one token, say: the sum has four tokens, the linear map has one."""
+    model = network(
+        "(float[2,1,3] x) => (float y) { h = MatMul(x, w) y = Add(h, p) }", w=draw(3, 2), p=draw(1, 4, 2, seed=1)
+    )
+    r = np.random.default_rng(3).standard_normal((1, 2, 4, 2))
+    x = draw(2, 1, 3, seed=2)
+    alone = network("(float[2,1,3] x) => (float y) { y = MatMul(x, w) }", w=draw(3, 2))
+    for rule in (Epsilon(0.1), ZPlus("full"), Gamma()):
+        want = ours(alone, x, r.sum(2, keepdims=True), everywhere(rule))
+        assert relative(ours(model, x, r, everywhere(rule)), want) <= TOLERANCE
+
+
 def test_a_negative_alpha_of_gemm_turns_the_signs_of_the_weight() -> None:
     """Oracle: the same map with the factor in the weight, by the matrix of z-plus."""
     w = draw(5, 7)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from small_nets import NETS
 from walking import as_written, canonised, network
 
 from onnxcam.engines.session import RuntimeSession
@@ -13,6 +12,7 @@ from onnxcam.graph import Graph
 from onnxcam.model import load
 from onnxcam.signs import mostly_positive_tensors, nonnegative_tensors, self_gates
 from onnxcam.taps import expose
+from small_nets import NETS
 
 REAL = ["efficientnet-lite0", "squeezenet-fp16-opset7", "pplcnet-orientation-paddle", "cifar10-resnet20", "mnist-cntk"]
 

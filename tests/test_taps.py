@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from small_nets import NETS, resnet
 from walking import canonised
 
 from onnxcam.engines.session import RuntimeSession
 from onnxcam.taps import expose
+from small_nets import NETS, resnet
 
 X = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
 

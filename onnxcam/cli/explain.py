@@ -82,7 +82,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     for warning in explanation.warnings:
         print(f"onnxcam: warning: {warning}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(json.loads(written[-1].read_text()), ensure_ascii=False))
+        print(json.dumps(json.loads(written[-1].read_text(encoding="utf-8"))))
     else:
         _summary(explanation, written)
     return 0
@@ -169,8 +169,10 @@ def _summary(e: Explanation, written: Sequence[Path]) -> None:
     say(f"{o['method']}, composite {o['composite']}, start {o['start']}{preprocess}")
     if (dropped := e.conservation.dropped()) and (residual := e.conservation.residual) is not None:
         node, share = dropped[0]
-        where = f"; most was dropped at {node.node} ({node.op_type}): {share:.2%} of the start" if share > 1e-4 else ""
-        say(f"conservation: relevance in and out of every node agree to {residual:.1e}{where}")
+        if share > 1e-4:
+            say(f"conservation: {share:.2%} of the relevance was dropped at {node.node} ({node.op_type}), the most")
+        else:
+            say(f"conservation: every node hands on what it received, to {residual:.0e} of it")
     say(f"{len(written)} files in {written[-1].parent}")
 
 

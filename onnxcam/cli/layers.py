@@ -25,7 +25,7 @@ def run_layers(arguments: argparse.Namespace) -> int:
     listed = model.layers()
     rows = [row for row in listed if row.suggested or not arguments.suggested]
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], ensure_ascii=False))
+        print(json.dumps([asdict(row) for row in rows]))
         return 0
     from onnxcam.cli.tables import print_table, say
 

@@ -252,7 +252,10 @@ Operator = Linear | Averaging | Additive | Routing | Elementwise | Coupled | Pro
 
 
 def following_constant(at: At) -> Array | None:
-    """The constant that the only reader of this node adds to its output: a bias that the file writes as its own Add."""
+    """The constant that the only reader of this node adds to its output: a bias that the file writes as its own Add.
+
+    None where the sum is larger than the output: what repeats the output is no bias of it.
+    """
     node = at.node
     readers = node.graph.consumers(node.outputs[0])
     if len(readers) != 1 or readers[0].op_type != "Add" or node.outputs[0] in node.graph.outputs:
@@ -260,6 +263,7 @@ def following_constant(at: At) -> Array | None:
     add = readers[0]
     for i in (0, 1):
         if add.is_constant(i) and add.inputs[1 - i] == node.outputs[0]:
-            constant = at.values.array(add.inputs[i])
-            return constant if constant.ndim <= len(at.output_shape()) else None
+            constant, shape = at.values.array(add.inputs[i]), at.output_shape()
+            repeats = any(n not in (1, m) for n, m in zip(constant.shape[::-1], shape[::-1], strict=False))
+            return None if constant.ndim > len(shape) or repeats else constant
     return None

@@ -109,17 +109,12 @@ def slice_(node: Node) -> Operator:
         sizes = list(at.output_shape())
         for start, end, axis, step in reversed(list(zip(starts, ends, axes, steps, strict=True))):
             axis = _axis(axis, len(shape))
-            index = np.arange(shape[axis])[_bounds(start, end, step)]
+            index = np.arange(shape[axis])[start:end:step]
             sizes[axis] = shape[axis]
             r = at.ops.scatter_add(r, index, axis, shape[axis])
         return r
 
     return _one(back)
-
-
-def _bounds(start: int, end: int, step: int) -> slice:
-    """ONNX writes 'to the very beginning' of a negative step as a hugely negative end; Python writes None."""
-    return slice(start, None if step < 0 and end < -(2**30) else end, step)
 
 
 @operator("Gather")

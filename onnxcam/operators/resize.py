@@ -149,10 +149,16 @@ def _factors(node: Node, at: At) -> list[tuple[int, float, tuple[float, float]]]
 
 def _interpolation(node: Node, sampling: Sampling) -> Operator:
     def matrices(at: At, averaged: bool) -> list[tuple[int, Array]]:
-        found = []
+        """(axis, coefficients) of each axis that is resampled.
+
+        Whatever the scales, ONNX Runtime copies where no size changes, and with antialias each axis that keeps its.
+        """
+        found: list[tuple[int, Array]] = []
+        if at.shape(0) == at.output_shape():
+            return found
         for axis, scale, roi in _factors(node, at):
             size, out = at.shape(0)[axis], at.output_shape()[axis]
-            if scale == 1 and size == out:
+            if size == out and (scale == 1 or sampling.antialias):
                 continue
             a = matrix(sampling, size, out, scale, roi)
             found.append((axis, at.ops.asarray(average_of(a) if averaged else a)))

@@ -162,7 +162,7 @@ def erf_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_erf.Erf, "_run", lambda self, x: (double(x),))
 
 
-@pytest.mark.parametrize("case, constants", variants())
+@pytest.mark.parametrize("case, constants", list(variants()))
 def test_the_product_with_a_cotangent_is_the_derivative_of_the_reference(case: Case, constants: set[str]) -> None:
     """Oracle: central differences of onnx.reference in float64. Linear operators are exact at any step, hence 1e-10;
     elsewhere two steps are extrapolated (error h^4, rounding 1e-12) and 1e-6 is asked."""

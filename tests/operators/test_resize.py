@@ -20,7 +20,12 @@ TRANSFORMATIONS = (
     *("pytorch_half_pixel", "half_pixel_symmetric", "tf_crop_and_resize"),
 )
 ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
-TARGETS = (("sizes", 10, 14), ("sizes", 4, 5), ("sizes", 1, 3), ("sizes", 3, 2), ("scales", 0.6, 1.7), ("scales", 2, 3))
+TARGETS = (
+    *(("sizes", 10, 14), ("sizes", 4, 5), ("sizes", 1, 3), ("sizes", 3, 2)),
+    *(("scales", 0.6, 1.7), ("scales", 2, 3)),
+    ("scales", 1.1, 2),  # an axis of the same size that is resampled all the same, without antialias
+    ("scales", 1.1, 1.05),  # a shape that stays: ONNX Runtime copies
+)
 SHAPES = ((5, 7), (6, 6), (9, 8))
 ROI = np.array([0.1, -0.2, 0.8, 1.1], np.float32)
 

@@ -1,8 +1,8 @@
 """The LRP rules as explicit (outputs x inputs) matrices, in float64: slower than onnxcam, and less complicated.
 
 A linear node is turned into its matrix by running it, in someone else's implementation, on every unit vector. A rule
-is then the matrix `share` of the fractions that output j hands to input i, out of the contributions C_ji = W_ji x_i; and
-the relevance of input i is the sum over j of share_ji R_j. No convolution, no adjoint, no kernel.
+is then the matrix `share` of the fractions that output j hands to input i, out of the contributions C_ji = W_ji x_i.
+The relevance of input i is the sum over j of share_ji R_j. No convolution, no adjoint, no kernel.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def export_keeping_batchnorm(model: nn.Module, x: np.ndarray) -> onnx.ModelProto
 
 
 def merge_batchnorm(model: nn.Module) -> nn.Module:
-    """Merge each BatchNorm2d into the Conv2d of as many channels that comes right before it among the modules, in place.
+    """Merge, in place, each BatchNorm2d into the Conv2d of as many channels right before it among the modules.
 
     The merged weights are rounded to float32, so that a file in float32 and a reference in float64 are one function.
     """

@@ -1,0 +1,79 @@
+"""`check` says before any picture whether a model can be explained, by which rules and at what cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from walking import network
+
+from onnxcam.errors import ModelError, UsageError
+from onnxcam.model import load
+from small_nets import NETS, resnet
+
+W, V = np.ones((4, 3, 3, 3), np.float32), np.ones((4, 5), np.float32)
+
+
+def broken(body: str, out: str = "float[N,5]"):
+    return load(network(f"(float[N,3,16,16] x) => ({out} y) {{ c = Conv(x, w) r = Relu(c) {body} }}", w=W, v=V))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_model_that_can_be_explained_has_no_problem(net):
+    check = load(NETS[net]()).check()
+    assert check.problems == []
+    assert check.logits == "y"
+    assert all(row.kind and row.rule for row in check.rows)
+
+
+def test_rows_run_from_the_logits_to_the_input():
+    rows = load(resnet()).check().rows
+    assert [row.op_type for row in rows][:3] == ["Gemm", "Flatten", "GlobalAveragePool"]
+    assert rows[-1].node == "C0"
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_what_check_accepts_can_be_explained_at_every_layer(net):
+    """Check promises what explain keeps, for each composite."""
+    model = load(NETS[net]())
+    x = np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32)
+    for composite in ("relevance_cam", "epsilon_plus", "gradient"):
+        assert model.check(composite).problems == []
+        assert all(np.isfinite(heat).all() for heat in model.explain(x, "all", composite=composite).maps.values())
+
+
+def test_a_node_without_an_operator_is_named():
+    model = broken("d = Det(r) y = Gemm(d, v)")
+    (row,) = model.check().problems
+    assert (row.node, row.op_type, row.rule) == ("Det_0", "Det", None)
+    assert "no operator for Det at opset 17" in row.reason
+    with pytest.raises(ModelError, match="no operator for Det"):
+        model.explain(np.ones((1, 3, 16, 16), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("body", "out", "says"),
+    [
+        ("g = GlobalAveragePool(r) f = Flatten(g) z = Gemm(f, v) y = ArgMax<axis=1>(z)", "int64[N,1]", "are int64"),
+        ("y = Exp(r)", "float[N,4,14,14]", "onnxcam explains classifiers"),
+    ],
+)
+def test_an_output_that_is_no_logits_is_a_problem(body, out, says):
+    """As explain refuses it."""
+    model = broken(body, out)
+    assert any(says in row.reason for row in model.check().problems)
+    with pytest.raises(ModelError, match=says):
+        model.explain(np.ones((1, 3, 16, 16), np.float32))
+
+
+def test_multiply_adds_are_counted_by_hand():
+    """3x3 kernel of 3 channels at 14x14 places for 4 channels, then 4 by 5."""
+    check = broken("g = GlobalAveragePool(r) f = Flatten(g) y = Gemm(f, v)").check()
+    assert check.macs == 3 * 3 * 3 * 4 * 14 * 14 + 4 * 5
+    # z-plus: forward and adjoint of the positive part, and of the negative part where the input is signed.
+    assert check.walk_macs == 4 * (3 * 3 * 3 * 4 * 14 * 14) + 2 * (4 * 5)
+    assert broken("g = GlobalAveragePool(r) f = Flatten(g) y = Gemm(f, v)").check("gradient").walk_macs == check.macs
+
+
+def test_an_unknown_composite_is_the_users_mistake():
+    with pytest.raises(UsageError, match="no composite named 'epsilon'"):
+        load(resnet()).check("epsilon")

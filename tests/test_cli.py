@@ -1,0 +1,453 @@
+"""The command line as a user runs it: what it prints, what it writes, how it fails.
+
+Most runs are in this process; those where the process itself matters (pipes, signals, encodings) are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+from walking import network
+
+import onnxcam
+from onnxcam.cli import main
+from small_nets import resnet
+
+RNG = np.random.default_rng(4)
+W, V = RNG.normal(size=(4, 3, 3, 3)).astype(np.float32), RNG.normal(size=(4, 5)).astype(np.float32)
+FEATURES = "c = Conv(x, w) r = Relu(c)"
+POOLED = f"{FEATURES} g = GlobalAveragePool(r) f = Flatten(g)"
+
+
+def save(name: str, body: str, signature: str = "(float[N,3,16,16] x) => (float[N,5] y)", w: np.ndarray = W) -> None:
+    onnx.save(network(f"{signature} {{ {body} }}", w=w, v=V), name)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with models and pictures, good and bad; tests write to folders of their own."""
+    place = tmp_path_factory.mktemp("cli")
+    here = Path.cwd()
+    os.chdir(place)
+    onnx.save(resnet(), "good.onnx")
+    Path("truncated.onnx").write_bytes(Path("good.onnx").read_bytes()[:500])
+    Path("text.onnx").write_text("layer { name: 'conv1' }\n")
+    Path("empty.onnx").touch()
+    save("flat.onnx", "y = Gemm(x, v)", "(float[N,4] x) => (float[N,5] y)")
+    wide = RNG.normal(size=(4, 4, 3, 3)).astype(np.float32)
+    save("four-channels.onnx", f"{POOLED} y = Gemm(f, v)", "(float[N,4,16,16] x) => (float[N,5] y)", wide)
+    save(
+        "two-inputs.onnx",
+        f"x = Add(a, b) {POOLED} y = Gemm(f, v)",
+        "(float[N,3,9,9] a, float[N,3,9,9] b) => (float[N,5] y)",
+    )
+    save("det.onnx", f"{FEATURES} d = Det(r) y = Gemm(d, v)")
+    save("uint8.onnx", f"{POOLED} z = Gemm(f, v) y = Cast<to=2>(z)", "(float[N,3,16,16] x) => (uint8[N,5] y)")
+    save("maps.onnx", "c = Conv(x, w) y = Relu(c)", "(float[N,3,16,16] x) => (float[N,4,14,14] y)")
+    picture = Image.fromarray(RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    for name in ("a.png", "b.png", "one/a.png", "two/a.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        picture.save(name)
+    Path("one/notes.txt").write_text("no picture")
+    Path("no-pictures").mkdir()
+    Path("broken.png").write_bytes(Path("a.png").read_bytes()[:200])
+    Path("text.png").write_text("no picture")
+    Path("labels.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
+    Path("file").touch()
+    os.chdir(here)
+    return place
+
+
+@pytest.fixture
+def place(workplace, monkeypatch) -> Path:
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+def run(*arguments: str) -> int:
+    try:
+        return main(list(arguments))
+    except SystemExit as stopped:  # from argparse
+        return int(stopped.code or 0)
+
+
+def tree(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+
+
+GOOD = ("explain", "good.onnx", "a.png")
+
+# arguments, exit code, what the message says
+MISTAKES = [
+    (("explain", "none.onnx", "a.png"), 2, ["none.onnx", "no such file"]),
+    (("explain", "truncated.onnx", "a.png"), 3, ["truncated.onnx", "cut short"]),
+    (("explain", "text.onnx", "a.png"), 2, ["text.onnx is a text file, not an ONNX model"]),
+    (("explain", "empty.onnx", "a.png"), 2, ["empty.onnx is empty"]),
+    (("explain", "one", "a.png"), 2, ["one is a directory"]),
+    (("explain", "flat.onnx", "a.png"), 2, ["has 2 dimensions; an image needs 4"]),
+    (("explain", "four-channels.onnx", "a.png"), 2, ["4 channels", "a picture has 1 or 3"]),
+    (("explain", "two-inputs.onnx", "a.png"), 3, ["has 2 inputs (a, b)"]),
+    (
+        ("explain", "det.onnx", "a.png"),
+        3,
+        ["node 'Det_0'", "for Det at opset 17", "docs/add-an-operator.md"],
+    ),
+    (("explain", "uint8.onnx", "a.png"), 3, ["the logits ('y') are uint8"]),
+    (("explain", "maps.onnx", "a.png"), 3, ["(N, 4, 14, 14)", "onnxcam explains classifiers"]),
+    ((*GOOD, "--layer", "R5"), 2, ["no layer is called 'R5'", "the nearest names are r"]),
+    ((*GOOD, "--layer", "-9"), 2, ["-1 to -2"]),
+    ((*GOOD, "--layer", "99"), 2, ["0 to 7"]),
+    ((*GOOD, "--layer", "z*"), 2, ["no layer matches 'z*'"]),
+    ((*GOOD, "--target", "5"), 2, ["there is no class 5: classes run from 0 to 4"]),
+    ((*GOOD, "--target", "cat"), 2, ["give a number, or a file with --labels"]),
+    ((*GOOD, "--target", "cow", "--labels", "labels.txt"), 2, ["no class is called 'cow'"]),
+    ((*GOOD, "--target", "top9"), 2, ["the model has 5 classes"]),
+    ((*GOOD, "--labels", "none.txt"), 2, ["no such labels file: none.txt"]),
+    ((*GOOD, "--labels", "a.png"), 2, ["not UTF-8 text"]),
+    ((*GOOD, "--preprocess", "imagnet"), 2, ["there is no preprocessing 'imagnet'; there is imagenet"]),
+    ((*GOOD, "--method", "gradcam"), 2, ["no method named 'gradcam'"]),
+    ((*GOOD, "--composite", "epsilon"), 2, ["no composite named 'epsilon'"]),
+    ((*GOOD, "--start", "logits"), 2, ["did you mean logit?"]),
+    ((*GOOD, "--output", "z"), 2, ["no output is called 'z': there are y"]),
+    ((*GOOD, "--provider", "abacus"), 2, ["execution provider abacus is not available", "CPUExecutionProvider"]),
+    ((*GOOD, "--size", "0"), 2, ["'0' is no size such as 224"]),
+    ((*GOOD, "--size", "2x3x4"), 2, ["no size"]),
+    ((*GOOD, "--size", "32"), 2, ["fixed to 16x16"]),
+    ((*GOOD, "--mean", "a,b,c"), 2, ["'a,b,c' is not one number or a list"]),
+    ((*GOOD, "--mean", "1,2"), 2, ["one finite number or three"]),
+    ((*GOOD, "--std", "0"), 2, ["other than 0"]),
+    ((*GOOD, "--scale", "1/0"), 2, ["'1/0' is no number"]),
+    ((*GOOD, "--scale", "nan"), 2, ["scale must be"]),
+    ((*GOOD, "--resize", "squeeze"), 2, ["there is no resize 'squeeze'; there is warp, crop, pad, exact"]),
+    ((*GOOD, "--channel-order", "gbr"), 2, ["there is no channel order 'gbr'"]),
+    ((*GOOD, "--batch-size", "0"), 2, ["'0' is no number of pictures"]),
+    ((*GOOD, "--engine", "abacus"), 2, ["invalid choice: 'abacus'"]),
+    ((*GOOD, "--colours", "red"), 2, ["invalid choice: 'red'"]),
+    (("explain", "good.onnx"), 2, ["required: IMAGE"]),
+    (("explain", "good.onnx", "none.png"), 2, ["no such picture: none.png"]),
+    (("explain", "good.onnx", "broken.png"), 2, ["broken.png is damaged"]),
+    (("explain", "good.onnx", "text.png"), 2, ["not a picture"]),
+    (("explain", "good.onnx", "a.png", "text.png"), 2, ["text.png is not a picture"]),
+    (("explain", "good.onnx", "no-pictures"), 2, ["folder no-pictures holds no picture"]),
+    (("frobnicate",), 2, ["invalid choice: 'frobnicate'"]),
+    ((), 2, ["required: COMMAND"]),
+    (("layers", "none.onnx"), 2, ["no such file"]),
+    (("layers", "two-inputs.onnx"), 3, ["has 2 inputs"]),
+    (("check", "good.onnx", "--composite", "x"), 2, ["no composite named 'x'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), MISTAKES, ids=[" ".join(m[0]) or "none" for m in MISTAKES])
+def test_a_mistake_is_one_line_and_leaves_nothing(place, tmp_path, capsys, arguments, code, says):
+    out = tmp_path / "out"
+    extra = ("--out", str(out)) if arguments[:1] == ("explain",) else ()
+    before = tree(place)
+    assert run(*arguments, *extra) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("onnxcam: error: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    for words in says:
+        assert words in printed.err
+    assert not out.exists()
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_output_folder_that_cannot_be_is_found_before_the_work(place, capsys, out):
+    assert run(*GOOD, "--out", out) == 2
+    assert f"cannot write to folder {out}" in capsys.readouterr().err
+
+
+def test_the_engine_cupy_needs_cupy(place, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    if "cupy" in sys.modules or _installed("cupy"):
+        pytest.skip("CuPy is installed here")
+    assert run(*GOOD, "--engine", "cupy", "--out", str(tmp_path / "out")) == 2
+    assert "pip install 'onnxcam[gpu]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def test_what_nobody_foresaw_is_called_a_bug(place, capsys, monkeypatch):
+    monkeypatch.setattr("onnxcam.cli.layers.load_model", lambda _: 1 / 0)
+    monkeypatch.delenv("ONNXCAM_DEBUG", raising=False)
+    assert run("layers", "good.onnx") == 1
+    err = capsys.readouterr().err
+    assert "this is a bug in onnxcam, please report it: ZeroDivisionError" in err
+    assert err.count("\n") == 1
+
+
+# -- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_writes_what_the_api_computes(place, tmp_path, capsys):
+    assert (
+        run(*GOOD, "-l", "A2", "-l", "auto", "-t", "1", "-t", "top2", "--preprocess", "unit", "-o", str(tmp_path)) == 0
+    )
+    e = onnxcam.load("good.onnx", preprocess="unit").explain("a.png", ["A2", "auto"], ["1", "top2"])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    names = set()
+    for t, c in enumerate(e.targets[0]):
+        for name, node in (("A2", "A2"), ("auto", "A4")):
+            stem = f"a/class-{c}-layer-{node}"
+            np.testing.assert_array_equal(np.load(tmp_path / f"{stem}.npy"), e.maps[name][0, t])
+            names |= {f"{stem}.npy", f"{stem}-overlay.png"}
+    assert tree(tmp_path) == names | {"a", "manifest.json"}
+    assert manifest["schema_version"] == 1
+    assert manifest["model"]["sha256"] == hashlib.sha256(Path("good.onnx").read_bytes()).hexdigest()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for words in (
+        "class 1",
+        "A2 (16x16), auto = A4 (8x8)",
+        "relevance-cam",
+        "preprocessing unit (asked for)",
+        "conservation",
+    ):
+        assert words in printed.out
+    assert f"{len(names) + 1} files in {tmp_path}" in printed.out
+
+
+def test_json_is_the_manifest_and_nothing_else(place, tmp_path, capsys):
+    assert run(*GOOD, "--json", "--no-overlay", "--out", str(tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((tmp_path / "manifest.json").read_text())
+    assert "warning: guessed imagenet" in printed.err
+    assert not [name for name in tree(tmp_path) if name.endswith(".png")]
+
+
+def test_folders_and_pictures_of_the_same_name(place, tmp_path, capsys):
+    assert run("explain", "good.onnx", "one", "two/a.png", "b.png", "--out", str(tmp_path), "--no-overlay") == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [(i["name"], i["folder"]) for i in manifest["images"]] == [
+        (str(Path("one/a.png")), "a"),
+        ("two/a.png", "a-2"),
+        ("b.png", "b"),
+    ]
+    assert {"a", "a-2", "b"} <= tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "node"),
+    [("C1", "C1"), ("c1", "C1"), ("Conv_1", "C1"), ("-1", "A4"), ("0", "C0"), ("auto", "A4"), ("A[2]", "A2")],
+)
+def test_a_layer_is_named_in_any_way(place, tmp_path, layer, node):
+    assert run(*GOOD, "-l", layer, "-t", "0", "-o", str(tmp_path), "--no-overlay") == 0
+    assert f"a/class-0-layer-{node}.npy" in tree(tmp_path)
+
+
+@pytest.mark.parametrize(("layer", "count"), [("suggested", 2), ("all", 8), ("C*", 5)])
+def test_one_name_may_mean_many_layers(place, tmp_path, layer, count):
+    assert run(*GOOD, "-l", layer, "-o", str(tmp_path), "--no-overlay") == 0
+    assert len([name for name in tree(tmp_path) if name.endswith(".npy")]) == count
+
+
+def test_labels_are_shown_and_understood(place, tmp_path, capsys):
+    assert run(*GOOD, "--labels", "labels.txt", "-t", "bee", "-o", str(tmp_path)) == 0
+    assert "1 bee" in capsys.readouterr().out
+
+
+def test_a_layer_that_can_be_negative_is_warned_about(place, tmp_path, capsys):
+    assert run(*GOOD, "-l", "C4", "--preprocess", "unit", "-o", str(tmp_path)) == 0
+    err = capsys.readouterr().err
+    assert err == (
+        "onnxcam: warning: layer C4 can be negative, where channel-weighted maps mean little; "
+        "--layer C3 at the same resolution cannot be\n"
+    )
+
+
+def test_flags_refine_a_preset(place, tmp_path, capsys):
+    options = ("--preprocess", "unit", "--mean", "0.5", "--std", "0.5,0.4,0.3", "--scale", "1/255", "--resize", "pad")
+    assert run(*GOOD, *options, "-o", str(tmp_path), "--json") == 0
+    how = json.loads(capsys.readouterr().out)["preprocess"]
+    assert (how["mean"], how["std"], how["scale"], how["resize"]) == ([0.5], [0.5, 0.4, 0.3], 1 / 255, "pad")
+
+
+def test_methods_composites_starts_and_precision_can_be_chosen(place, tmp_path, capsys):
+    options = ("--method", "lrp", "--composite", "epsilon_plus", "--start", "logit", "--dtype", "float64", "--json")
+    assert run(*GOOD, *options, "-o", str(tmp_path)) == 0
+    chosen = json.loads(capsys.readouterr().out)["options"]
+    assert (chosen["method"], chosen["composite"], chosen["start"], chosen["dtype"]) == (
+        "lrp",
+        "epsilon_plus",
+        "logit",
+        "float64",
+    )
+
+
+def test_colours_change_the_picture_and_not_the_map(place, tmp_path):
+    for colours in ("positive", "minmax"):
+        assert run(*GOOD, "--colours", colours, "-t", "0", "-o", str(tmp_path / colours)) == 0
+    one, other = (next((tmp_path / c / "a").glob("*.png")).read_bytes() for c in ("positive", "minmax"))
+    assert one != other
+    one, other = (next((tmp_path / c / "a").glob("*.npy")).read_bytes() for c in ("positive", "minmax"))
+    assert one == other
+
+
+# -- layers and check ------------------------------------------------------------------------------------------------
+
+
+def test_layers_lists_names_that_can_be_copied(place, capsys):
+    assert run("layers", "good.onnx") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = onnxcam.load("good.onnx").layers()
+    assert len(lines) == len(rows) + 3  # a header, two lines of legend
+    for line, row in zip(lines[1:], rows, strict=False):
+        assert line.startswith("*") == row.suggested
+        assert {str(row.index), row.node, row.op, row.tensor, row.sign} <= set(line.split())
+
+
+def test_long_names_are_not_broken_where_they_are_piped(tmp_path, capsys):
+    proto = resnet()
+    long = "/".join(["module"] * 40)
+    proto.graph.node[0].name = long
+    onnx.save(proto, tmp_path / "long.onnx")
+    assert run("layers", str(tmp_path / "long.onnx")) == 0
+    assert long in capsys.readouterr().out.split()
+
+
+def test_layers_as_json_are_the_apis(place, capsys):
+    assert run("layers", "good.onnx", "--suggested", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["node"], row["suggested"]) for row in rows] == [("A2", True), ("A4", True)]
+    assert rows[0]["shape"] == ["N", 8, 16, 16]
+
+
+def test_a_model_without_maps_has_no_layers_and_says_so(place, capsys):
+    assert run("layers", "flat.onnx") == 0
+    assert "no layer has a map" in capsys.readouterr().out
+    assert run("layers", "flat.onnx", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_check_says_that_a_model_can_be_explained(place, capsys):
+    assert run("check", "good.onnx") == 0
+    out = capsys.readouterr().out
+    assert "every node on the way can be explained" in out
+    assert "MMAC" in out
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("det.onnx", "no operator for Det at opset 17"),
+        ("uint8.onnx", "are uint8"),
+        ("maps.onnx", "explains classifiers"),
+    ],
+)
+def test_check_says_why_a_model_cannot(place, capsys, model, says):
+    assert run("check", model) == 3
+    assert says in capsys.readouterr().out
+    assert run("check", model, "--json") == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["explainable"] is False
+    assert any(node["reason"] and says in node["reason"] for node in found["nodes"])
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("explain", "--help"), ("layers", "--help"), ("check", "--help")])
+def test_help_is_there(capsys, arguments):
+    assert run(*arguments) == 0
+    assert "usage: onnxcam" in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"onnxcam {onnxcam.__version__}\n"
+
+
+# -- as a process ----------------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "onnxcam"]
+
+
+def process(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ONNXCAM_DEBUG": ""} | options.pop("env", {})
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=120, env=environment, **options
+    )
+
+
+def test_a_process_explains(place, tmp_path):
+    done = process(*GOOD, "--out", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)  # the guess is said aloud
+    assert (tmp_path / "manifest.json").is_file()
+
+
+def test_a_process_fails_with_the_code_of_the_error(place):
+    assert process("layers", "none.onnx").returncode == 2
+    assert process("check", "det.onnx").returncode == 3
+
+
+def test_names_that_the_terminal_cannot_show_are_no_obstacle(place, tmp_path):
+    (tmp_path / "labels.txt").write_text("Größe\nネコ\nc\nd\ne\n", encoding="utf-8")
+    options = ("--labels", str(tmp_path / "labels.txt"), "-t", "0", "-t", "1", "-o", str(tmp_path / "out"))
+    done = process(*GOOD, *options, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0
+    assert "Gr\\xf6\\xdfe" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE and no /dev/full")
+def test_a_reader_that_leaves_is_no_error(place):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody:
+        for arguments in (("layers", "good.onnx"), ("layers", "good.onnx", "--json"), ("check", "good.onnx")):
+            done = subprocess.run([*COMMAND, *arguments], stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120)
+            assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_behind_standard_output_is_no_bug(place):
+    with open("/dev/full", "w") as full:
+        command = [*COMMAND, "layers", "good.onnx"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "onnxcam: error: standard output: No space left on device\n")
+
+
+# The command line with a rest after each file, so that a signal arrives between two of them on any machine.
+SLOWLY = """
+import sys, time
+from onnxcam import cli, explanation
+write = explanation.write_atomically
+explanation.write_atomically = lambda *a: (write(*a), time.sleep(0.1))[0]
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals work otherwise on Windows")
+def test_control_c_stops_with_whole_files_only(place, tmp_path):
+    """What is there is whole, nothing temporary stays, no manifest speaks of the rest."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SLOWLY, *GOOD, "-l", "all", "-t", "top5", "--out", str(out)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.rglob("*.png")) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (130, "onnxcam: error: interrupted\n")
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert all(p.name.startswith("class-") for p in files)
+    for path in files:
+        if path.suffix == ".npy":
+            assert np.load(path).dtype == np.float32
+        else:
+            Image.open(path).load()
