@@ -13,7 +13,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+import onnxcam
 from benchmarks.columns import epsilon_everywhere
+from benchmarks.macs import macs_of, shapes_of
 from benchmarks.models import CACHE, file_of, picture
-from onnxcam.compile import compile
-from onnxcam.model import load
 
 RECORDED = "onnxcam/"
 
 
 @dataclass(frozen=True)
 class NodeTime:
-    """One node of the optimised graph: its shortest time over the runs, in ms (what else the machine does only adds), and the shapes it worked on."""
+    """One node of the optimised graph: its shortest time over the runs, in ms and the shapes it worked on.
+
+    What else the machine does only adds to a time, so the shortest says most.
+    """
 
     name: str
     op_type: str
@@ -49,18 +51,12 @@ class NodeTime:
     @property
     def macs(self) -> int:
         """Multiply-adds, where the op is a convolution or a matrix product."""
-        if len(self.inputs) < 2 or not self.inputs[1] or not self.output:
-            return 0
-        if self.op_type in ("Conv", "FusedConv"):
-            return prod(self.output) * prod(self.inputs[1][1:])
-        if self.op_type == "ConvTranspose":
-            return prod(self.inputs[0]) * prod(self.inputs[1][1:])
-        if "MatMul" in self.op_type or "Gemm" in self.op_type:
-            return prod(self.output) * self.inputs[0][-1]
-        return 0
+        return macs_of(self.op_type, self.inputs, self.output)
 
 
-def profile(model: bytes, feeds: dict[str, np.ndarray], runs: int, threads: int = 2, level: str = "all") -> list[NodeTime]:
+def profile(
+    model: bytes, feeds: dict[str, np.ndarray], runs: int, threads: int = 2, level: str = "all"
+) -> list[NodeTime]:
     """Time every node of `model` as ONNX Runtime runs it, in the order it runs them."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -82,10 +78,9 @@ def profile(model: bytes, feeds: dict[str, np.ndarray], runs: int, threads: int 
 
 def weight_shapes(model: bytes) -> dict[str, tuple[int, ...]]:
     """Node name to the shape of its weight; ONNX Runtime's profile leaves weights out that it has packed."""
-    graph = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(model)).graph
-    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
-    shapes |= {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.value_info}
-    return {n.name: shapes[n.input[1]] for n in graph.node if len(n.input) > 1 and n.input[1] in shapes}
+    proto = onnx.load_model_from_string(model)
+    shapes = shapes_of(proto)
+    return {n.name: shapes[n.input[1]] for n in proto.graph.node if len(n.input) > 1 and n.input[1] in shapes}
 
 
 def node_times(events: list[dict[str, Any]], weights: Mapping[str, tuple[int, ...]]) -> list[NodeTime]:
@@ -127,7 +122,9 @@ def report(nodes: list[NodeTime], top: int = 15) -> str:
     lines += ["", f"the {top} nodes that take longest", f"{'ms':>8} {'G/s':>5}  node"]
     for node in sorted(nodes, key=lambda n: -n.ms)[:top]:
         shapes = " ".join(map(_shape, node.inputs[:2]))
-        lines.append(f"{node.ms:8.2f} {_speed([node]):>5}  {node.name} ({node.op_type}) {shapes} -> {_shape(node.output)}")
+        lines.append(
+            f"{node.ms:8.2f} {_speed([node]):>5}  {node.name} ({node.op_type}) {shapes} -> {_shape(node.output)}"
+        )
     return "\n".join(lines)
 
 
@@ -164,7 +161,7 @@ def main() -> None:
     parser.add_argument("--level", choices=("all", "extended", "basic"), default="all", help="of graph optimisation")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
-    model = load(file_of(args.model, args.cache))
+    model = onnxcam.load(file_of(args.model, args.cache))
     feeds = {model.spec.name: picture((args.batch, model.spec.channels or 3, *model.size))}
     if args.plain:
         proto = model._read.proto
@@ -172,7 +169,7 @@ def main() -> None:
         layers = [model.spec.name if layer == "input" else layer for layer in args.layers or ["auto"]]
         method = args.method or ("lrp" if model.spec.name in layers else "relevance-cam")
         composite = epsilon_everywhere() if args.composite == "epsilon" else args.composite
-        proto = compile(model, layers, args.targets, method=method, composite=composite).proto
+        proto = onnxcam.compile(model, layers, args.targets, method=method, composite=composite).proto
         feeds["targets"] = np.full((args.batch, args.targets), -1)
     print(report(profile(proto.SerializeToString(), feeds, args.runs, args.threads, args.level), args.top))
 

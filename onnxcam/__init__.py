@@ -4,8 +4,10 @@ model = onnxcam.load("model.onnx", preprocess="imagenet")
 e = model.explain("cat.jpg", layers=["Conv_42"], targets=[282])
 e.maps["Conv_42"]      # (images, targets, h, w) float32
 e.save("out/")
+onnxcam.compile(model, layers=["auto"], targets=[282]).save("explained.onnx")
 """
 
+from onnxcam.compile import Compiled, compile
 from onnxcam.composites import COMPOSITES, Composite
 from onnxcam.errors import ModelError, OnnxcamError, UsageError
 from onnxcam.explanation import Explanation
@@ -22,6 +24,7 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "STARTS",
+    "Compiled",
     "Composite",
     "Explanation",
     "Layer",
@@ -32,5 +35,6 @@ __all__ = [
     "Preprocess",
     "Start",
     "UsageError",
+    "compile",
     "load",
 ]

@@ -7,6 +7,7 @@ user's graph as it is with the explanation behind it, and runs and deploys like 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcam.canonise.order import tidy
+from onnxcam.check import why_no_logits
 from onnxcam.composites import Composite, composite as find_composite
 from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
 from onnxcam.errors import ModelError, UsageError
@@ -70,6 +72,10 @@ class _Recorded:
             raise ModelError(f"the shape of tensor {tensor!r} is not known: it cannot be compiled; use --engine numpy")
         return tuple(n if isinstance(n, int) else BATCH for n in shape)
 
+    def precise(self, tensor: str) -> bool:
+        dtype = self.graph.dtype(tensor)
+        return dtype is not None and dtype.kind == "f" and dtype.itemsize >= 4
+
     def array(self, tensor: str) -> Symbol:
         return self.derived(tensor, "", lambda x: x)
 
@@ -102,7 +108,10 @@ class Compiled:
 
         Raises:
             UsageError: the place cannot be written to.
+            ModelError: the model is larger than what one ONNX file holds.
         """
+        if self.proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+            raise ModelError("the compiled model is larger than 2 GB, which is more than one ONNX file holds")
         return write_atomically(Path(path), lambda stream: stream.write(self.proto.SerializeToString()))
 
 
@@ -146,8 +155,12 @@ def compile(
         if model.spec.layout is None:
             raise UsageError(f"composite {rules.name} needs the range of the input, which only pictures have")
         rules = rules.with_box(*model.preprocess.bounds(model.spec))
-    fixed = None if targets is None or isinstance(targets, int) else _fixed(model, targets)
+    if reason := why_no_logits(canonical.graph, canonical.logits):
+        raise ModelError(reason)
+    fixed = None if targets is None or isinstance(targets, int) else _fixed(model, targets, canonical)
     count = len(fixed) if fixed else (targets if isinstance(targets, int) else 1)
+    if count < 1:
+        raise UsageError(f"{count} targets is nothing to compile for: give 1 or more")
     made = record(
         canonical, found, chosen, rules, begin, count=count, fixed=fixed, ranks=count, upsample=upsample,
         normalise=normalise,
@@ -160,8 +173,12 @@ def compile(
         "onnxcam.start": begin.name,
         "onnxcam.layers": json.dumps({name: layer.tensor for name, layer in found.items()}),
         "onnxcam.maps": json.dumps(maps),
+        "onnxcam.targets": json.dumps(fixed if fixed is not None else {"input": count}),
+        "onnxcam.map_values": json.dumps({"upsampled": upsample, "normalised": normalise}),
+        "onnxcam.source": model.name,
         "onnxcam.version": _version(),
     }
+    proto.producer_name, proto.producer_version = "onnxcam", _version()
     onnx.helper.set_model_props(proto, {**model.metadata, "onnxcam.preprocess": model.preprocess.to_json(), **metadata})
     return Compiled(proto, maps, made.notes)
 
@@ -220,8 +237,8 @@ def record(
             heat = _upsampled(ops, heat, graph.shape(graph.inputs[0]))
         if normalise:
             heat = _normalised(ops, heat)
-        names[name] = _unique(f"map_{safe_name(layer.node)}", {*names.values()})
-        outputs.append(_output(ops, heat, names[name]))
+        outputs.append(_output(ops, heat, f"map_{safe_name(layer.node)}"))
+        names[name] = outputs[-1].name
         if sums:
             total = ops.sum(at_layer, tuple(range(2 - at_layer.ndim, 0)))
             outputs.append(_output(ops, _images_first(ops, total), f"sum/{name}"))
@@ -354,9 +371,12 @@ def _upsampled(ops: RecorderOps, x: Symbol, image: Any) -> Symbol:
     spatial = image[1:3] if image[-1] in (1, 3) and image[1] not in (1, 3) else image[2:]
     if len(x.shape) != 4:
         raise UsageError("only maps of pictures can be upsampled")
-    scales = [1.0, 1.0, *(n / m for n, m in zip(spatial, x.shape[2:], strict=True))]
+    # By sizes: a scale such as 225/7 is rounded, and the product with it rounded down.
+    lead = ops.record("Shape", [x], (2,), dtype=np.int64, start=0, end=2)
+    sizes = ops.record("Concat", [lead, np.array(spatial, np.int64)], (4,), dtype=np.int64, axis=0)
+    none = gs.Variable.empty()
     return ops.record(
-        "Resize", [x, gs.Variable.empty(), np.array(scales, np.float32)], (*x.shape[:2], *spatial), mode="linear",
+        "Resize", [x, none, none, sizes], (*x.shape[:2], *spatial), mode="linear",
         coordinate_transformation_mode="half_pixel",
     )  # fmt: skip
 
@@ -388,14 +408,24 @@ def _unique(name: str, taken: set[str]) -> str:
     return unique
 
 
-def _fixed(model: Model, targets: Sequence[Target] | Target) -> list[int]:
-    listed = [targets] if isinstance(targets, str | int) else list(targets)
+def _fixed(model: Model, targets: Sequence[Target] | Target, canonical: Canonical) -> list[int]:
+    """Class numbers, or -1, -2, ... for the most likely classes of each image."""
+    shape = canonical.graph.shape(canonical.logits) or ()
+    classes = max(2, int(np.prod([n for n in (shape[1:] if len(shape) > 1 else shape) if isinstance(n, int)])))
     out: list[int] = []
-    for target in listed:
-        out += [PREDICTED] if str(target).strip() == "predicted" else model.labels.find(str(target))
+    for target in [targets] if isinstance(targets, str | int) else targets:
+        top = re.fullmatch(r"top-?(\d+)", str(target).strip(), re.IGNORECASE)
+        if top and not 1 <= int(top[1]) <= classes:
+            raise UsageError(f"target {str(target)!r}: the model has {classes} classes")
+        if str(target).strip() == "predicted":
+            out.append(PREDICTED)
+        elif top:
+            out += [PREDICTED - rank for rank in range(int(top[1]))]
+        else:
+            out += model.labels.find(str(target), classes)
     if not out:
         raise UsageError("there is no target to compile for")
-    return out
+    return list(dict.fromkeys(out))
 
 
 def _version() -> str:

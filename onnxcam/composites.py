@@ -63,7 +63,9 @@ class Composite:
     def __str__(self) -> str:
         rows = [*self.rules.items(), *self.by_op.items(), *([("first linear", self.first)] if self.first else [])]
         width = max(len(where) for where, _ in rows)
-        return "\n".join([f"{self.name}: {self.about}", *(f"  {where:<{width}}  {describe(rule)}" for where, rule in rows)])
+        return "\n".join(
+            [f"{self.name}: {self.about}", *(f"  {where:<{width}}  {describe(rule)}" for where, rule in rows)]
+        )
 
 
 def _lrp(linear: Rule, averaging: Rule, additive: Rule, **others: Rule) -> dict[str, Rule]:

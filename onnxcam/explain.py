@@ -13,7 +13,8 @@ from PIL import Image
 from onnxcam.check import no_classifier, why_no_logits
 from onnxcam.composites import Composite, composite as find_composite
 from onnxcam.engines.array import ArrayOps, array_ops
-from onnxcam.engines.session import ReferenceSession, RuntimeSession
+from onnxcam.engines.reference import ReferenceSession
+from onnxcam.engines.session import RuntimeSession
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.input_spec import static

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     Raises:
         UsageError: the place cannot be written to.
     """
+    # Named before it is made, so that an interrupt at any moment finds it.
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with temporary.open("xb") as stream:
                 write(stream)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error

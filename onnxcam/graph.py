@@ -102,6 +102,24 @@ class Graph:
                     readers[name].append(node)
         return readers
 
+    @cached_property
+    def data(self) -> set[str]:
+        """The tensors that what the model sees flows into: those that depend on an input through values.
+
+        A shape, an index or a condition breaks the chain, and so does not belong to it: a mask made from the batch
+        size depends on the input, but on nothing that is seen.
+        """
+        found = set(self.inputs)
+        for node in self.nodes:
+            if any(name in found for name in node.inputs):
+                found.update(name for name in node.outputs if name and not self._counts(name))
+        return found
+
+    def _counts(self, tensor: str) -> bool:
+        """True for tensors of positions, sizes and conditions, told by their type."""
+        dtype = self.dtype(tensor)
+        return dtype is not None and (dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize > 1))
+
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._tensors
 

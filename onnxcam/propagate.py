@@ -60,6 +60,10 @@ class TapValues:
     def shape(self, tensor: str) -> tuple[int, ...]:
         return tuple(self.host(tensor).shape)
 
+    def precise(self, tensor: str) -> bool:
+        dtype = self.host(tensor).dtype
+        return dtype.kind == "f" and dtype.itemsize >= self.ops.itemsize
+
     def array(self, tensor: str) -> Array:
         return self.derived(tensor, "", lambda x: x)
 
@@ -123,7 +127,9 @@ def propagate(
         ModelError: relevance reaches a node without an operator; the message names it.
     """
     values = TapValues(graph, taps, ops, {} if cache is None else cache)
-    flow = walk(graph, values, {name: ops.asarray(r) for name, r in starts.items()}, layers, composite)
+    # A rule may divide by zero where it drops the quotient a line later.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        flow = walk(graph, values, {name: ops.asarray(r) for name, r in starts.items()}, layers, composite)
 
     def host(array: Array) -> np.ndarray:
         return np.asarray(ops.to_host(array), np.float64)

@@ -26,13 +26,16 @@ Bias = Literal["ignore", "absorb", "full"]
 Term = tuple[Array, Array | None]
 
 
-def quotient(ops: Any, r: Array, z: Array, eps: float) -> Array:
+def quotient(ops: Any, r: Array, z: Array, eps: float, sign: int = 0) -> Array:
     """r / z, with z pushed away from zero by `eps` in its own direction (sign(0) = +1, spec 2.2).
 
-    Without an `eps` a vanishing z drops its relevance.
+    `sign` is +1 or -1 where z is a sum of contributions that all have that sign: then a vanishing z means that there is
+    nothing to share, and any finite quotient will do. Without an `eps` a vanishing z of mixed sign drops its relevance.
     """
+    if sign:
+        return r / (z + sign * max(eps, ops.tiny))
     if eps:
-        return r / (z + ops.where(z < 0, ops.zeros_like(z) - eps, eps))
+        return r / (z + ops.where(z < 0, -eps, eps))
     alive = ops.abs(z) > ops.tiny
     return ops.where(alive, r / ops.where(alive, z, 1.0), 0.0)
 
@@ -48,12 +51,21 @@ def forward(f: LinearMap, terms: Sequence[Term]) -> Array:
     return sum(parts[1:], parts[0])
 
 
-def share(f: LinearMap, r: Array, terms: Sequence[Term], bias: Array | None, eps: float) -> Array:
-    """The kernel: relevance of the operand of `f`, shape (T, *x.shape)."""
+def share(f: LinearMap, r: Array, terms: Sequence[Term], bias: Array | None, eps: float, sign: int = 0) -> Array:
+    """The kernel: relevance of the operand of `f`, shape (T, *x.shape). `sign` as for `quotient`."""
     if not terms:
         return f.ops.zeros((r.shape[0], *f.x.shape))
     z = forward(f, terms)
-    return carry_back(f, quotient(f.ops, r, z if bias is None else z + bias, eps), terms)
+    return carry_back(f, quotient(f.ops, r, z if bias is None else z + bias, eps, sign), terms)
+
+
+def outcome(f: LinearMap, bias: Bias) -> Array:
+    """W x, with the bias unless it is ignored: taken from the forward pass where that is precise enough."""
+    total = f.total()
+    if total is None:
+        z = f.apply(f.x, f.weight)
+        return z if bias == "ignore" or f.bias is None else z + f.bias
+    return total - f.bias if bias == "ignore" and f.bias is not None else total
 
 
 def same_sign(f: LinearMap) -> list[Term]:
@@ -104,7 +116,7 @@ class Epsilon(LinearRule):
     bias: Bias = "full"
 
     def share(self, f: LinearMap, r: Array) -> Array:
-        return share(f, r, [(f.x, f.weight)], None if self.bias == "ignore" else f.bias, self.eps)
+        return carry_back(f, quotient(f.ops, r, outcome(f, self.bias), self.eps), [(f.x, f.weight)])
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,7 @@ class ZPlus(LinearRule):
 
     def share(self, f: LinearMap, r: Array) -> Array:
         bias = _bias_part(f, self.bias, positive=True)
-        return share(f, r, same_sign(f), bias, self.eps)
+        return share(f, r, same_sign(f), bias, self.eps, _sign(f, self.bias))
 
 
 @dataclass(frozen=True)
@@ -136,10 +148,12 @@ class AlphaBeta(LinearRule):
             raise ValueError(f"alpha-beta needs alpha - beta = 1 and both >= 0, not {self.alpha} and {self.beta}")
 
     def share(self, f: LinearMap, r: Array) -> Array:
-        out = self.alpha * share(f, r, same_sign(f), _bias_part(f, self.bias, positive=True), self.eps)
+        sign = _sign(f, self.bias)
+        out = self.alpha * share(f, r, same_sign(f), _bias_part(f, self.bias, positive=True), self.eps, sign)
         negative = opposite_sign(f)
         if self.beta and negative:
-            out = out - self.beta * share(f, r, negative, _bias_part(f, self.bias, positive=False), self.eps)
+            bias = _bias_part(f, self.bias, positive=False)
+            out = out - self.beta * share(f, r, negative, bias, self.eps, -sign)
         return out
 
 
@@ -157,13 +171,10 @@ class Gamma(LinearRule):
     def share(self, f: LinearMap, r: Array) -> Array:
         ops = f.ops
         plain: list[Term] = [(f.x, f.weight)]
-        b = None if self.bias == "ignore" else f.bias
-        z = forward(f, plain)
-        total = z if b is None else z + b
+        total = outcome(f, self.bias)
         out = None
         for favoured, sign, positive in ((same_sign(f), total > 0, True), (opposite_sign(f), total < 0, False)):
-            extra = forward(f, favoured) if favoured else ops.zeros_like(z)
-            denominator = total + self.gamma * extra
+            denominator = total + self.gamma * forward(f, favoured) if favoured else total
             if self.bias == "absorb" and f.bias is not None:
                 denominator = denominator + self.gamma * (ops.positive if positive else ops.negative)(f.bias)
             s = quotient(ops, ops.where(sign, r, 0.0), denominator, self.eps)
@@ -229,6 +240,11 @@ def _bias_part(f: LinearMap, policy: Bias, positive: bool) -> Array | None:
     return f.ops.positive(f.bias) if positive else f.ops.negative(f.bias)
 
 
+def _sign(f: LinearMap, bias: Bias) -> int:
+    """+1 where the denominator of positive contributions is sure to be one: a whole bias may have either sign."""
+    return 0 if bias == "full" and f.bias is not None else 1
+
+
 # -- rules for the other kinds -----------------------------------------------------------------------------------
 
 
@@ -254,8 +270,8 @@ class Proportional:
     """A sum shares among its summands in proportion to their signed values, R_a = a / (a + b) R (spec 3.6).
 
     Where the summands cancel the proportion explodes. `eps` stabilises the denominator as the epsilon rule does; with
-    `guard`, cells whose sum is smaller than `guard` times the sum of magnitudes share by magnitude instead.
-    A constant summand takes nothing.
+    `guard`, cells where a summand exceeds 1/guard times the sum share evenly instead, and the last summand takes what
+    the others leave, so that nothing is lost. A constant summand takes nothing.
     """
 
     eps: float = 0.0
@@ -263,23 +279,21 @@ class Proportional:
 
     def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
         assert isinstance(operator, Additive)
-        ops, terms = at.ops, operator.terms(at)
+        ops, terms, r = at.ops, operator.terms(at), rs[0]
         if len(terms) == 1:
-            return [(terms[0][0], ops.unbroadcast(rs[0], at.shape(terms[0][0])))]
-        arrays = [a for _, a in terms]
-        total = sum(arrays[1:], arrays[0])
-        s = quotient(ops, rs[0], total, self.eps)
+            return [(terms[0][0], ops.unbroadcast(r, at.shape(terms[0][0])))]
+        whole = len(terms) == len(operator.coefficients) and at.values.precise(at.node.outputs[0])
+        total = at.output() if whole else sum((a for _, a in terms[1:]), terms[0][1])
         if not self.guard:
+            s = quotient(ops, r, total, self.eps)
             return [(i, ops.unbroadcast(a * s, at.shape(i))) for i, a in terms]
-        magnitudes = [ops.abs(a) for a in arrays]
-        magnitude = sum(magnitudes[1:], magnitudes[0])
-        safe = ops.abs(total) >= self.guard * magnitude
-        s = ops.where(safe, s, 0.0)
-        by_magnitude = ops.where(safe, 0.0, quotient(ops, rs[0], magnitude, 0.0))
-        return [
-            (i, ops.unbroadcast(a * s + m * by_magnitude, at.shape(i)))
-            for (i, a), m in zip(terms, magnitudes, strict=True)
-        ]
+        ratios = [a / total for _, a in terms[:-1]]
+        safe = ops.abs(ratios[0]) <= 1 / self.guard
+        for ratio in ratios[1:]:
+            safe = ops.where(safe, ops.mask(ops.abs(ratio) <= 1 / self.guard), 0.0) > 0
+        parts = [r * ops.where(safe, ratio, 1 / len(terms)) for ratio in ratios]
+        parts.append(r - sum(parts[1:], parts[0]))
+        return [(i, ops.unbroadcast(part, at.shape(i))) for (i, _), part in zip(terms, parts, strict=True)]
 
 
 @dataclass(frozen=True)

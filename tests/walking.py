@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from onnxcam.canonise import canonise
 from onnxcam.composites import KINDS, Composite
 from onnxcam.engines.array import ArrayOps
-from onnxcam.engines.session import ReferenceSession, RuntimeSession
+from onnxcam.engines.reference import ReferenceSession
+from onnxcam.engines.session import RuntimeSession
 from onnxcam.graph import Graph
 from onnxcam.propagate import Flow, needed_taps, propagate
 from onnxcam.rules import Vjp

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from onnxcam import __version__
-from onnxcam.cli import check, explain, layers
+from onnxcam.cli import check, compile, explain, layers
 from onnxcam.errors import OnnxcamError
 
-COMMANDS = (explain, layers, check)
+COMMANDS = (explain, layers, check, compile)
 
 
 class _Parser(argparse.ArgumentParser):

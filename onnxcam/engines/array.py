@@ -32,9 +32,10 @@ class ArrayOps:
     def __init__(self, xp: Any, dtype: str = "float32", to_host: Any = np.asarray):
         self.xp = xp
         self.dtype = getattr(xp, dtype)
+        self.itemsize = np.dtype(dtype).itemsize
         self.to_host = to_host
         # Below this a sum of non-negative contributions counts as zero: its quotients would overflow.
-        self.tiny = 1e-30 if dtype == "float32" else 1e-290
+        self.tiny = 1e-20 if dtype == "float32" else 1e-200
 
     # -- between the host and the library ------------------------------------------------------------------------
 
@@ -256,6 +257,16 @@ class ArrayOps:
         """Adjoint of `window_sum` for an input of spatial `size`."""
         output = tuple(r.shape[-window.rank :])
         return self._overlay([r] * prod(window.kernel), r.shape[: -window.rank], window, tuple(size), output)
+
+    def window_max(self, x: Array, window: Window) -> Array:
+        """Maximum over each window; padding never wins."""
+        output = window.output(self._split(x, window)[2])
+        x = self._pad(x, window, -float("inf"))
+        best = None
+        for tap in window.taps(output):
+            cell = x[(..., *tap)]
+            best = cell if best is None else self.where(cell > best, cell, best)
+        return best
 
     def window_max_adjoint(self, r: Array, x: Array, y: Array, window: Window) -> Array:
         """Send each entry of `r` (T, ..., *output) to the cell of its window that won: the first that equals `y`."""

@@ -21,7 +21,17 @@ import onnx_graphsurgeon as gs
 from onnxcam.engines.window import Window
 from onnxcam.errors import ModelError
 
-BATCH = "N"  # a batch axis whose length is not known while recording
+
+class _Unknown(str):
+    """The length of an axis that is not known while recording: it has a name and no arithmetic."""
+
+    def _refuse(self, _: object) -> Any:
+        raise ModelError("this depends on how many images there are in a batch: fix the batch, or use --engine numpy")
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
+
+
+BATCH = _Unknown("N")
 Dim = int | str
 Shape = tuple[Dim, ...]
 
@@ -102,7 +112,7 @@ class RecorderOps:
     """The primitives, recording into `graph`, whose default opset is `graph.opset` (17 or newer)."""
 
     dtype = "float32"
-    tiny = 1e-30
+    tiny = 1e-20
 
     def __init__(self, graph: gs.Graph):
         self.graph = graph
@@ -422,6 +432,8 @@ class RecorderOps:
         unit = all(s == 1 for s in window.strides)
         if unit and (group == 1 or (w.shape[1] == 1 and w.shape[0] == group)):
             y = self._conv_adjoint_as_conv(folded, w, window, shape, group, positive)
+        elif self._has_phases(w, window, group):
+            y = self._conv_adjoint_by_phases(folded, w, window, shape, group, positive)
         else:
             # The pads that a stride leaves uncovered at the end come back as output padding (spec 3.0).
             extra = [
@@ -436,8 +448,11 @@ class RecorderOps:
         return self._unfolded(y, lead, window)
 
     def _own_copy(self, w: Symbol) -> Symbol:
-        """The same weight by a node that runtimes fold into memory of its own: OpenVINO mixes up the repacked weights of
-        a Conv and a ConvTranspose that share memory. It sees through Identity, Mul by 1, Reshape and Transpose."""
+        """The same weight by a node that runtimes fold into memory of its own.
+
+        OpenVINO mixes up the repacked weights of a Conv and a ConvTranspose that share memory, and sees through
+        Identity, Mul by 1, Reshape and a Transpose back.
+        """
         lowest = self._lift(np.finfo(np.float32).min)
         return self.record("Max", [w, lowest], w.shape, positive=w.positive)
 
@@ -460,7 +475,8 @@ class RecorderOps:
         begin = [x - 1 - b for x, b in zip(window.extent, window.begin, strict=True)]
         end = [x - 1 - e for x, e in zip(window.extent, window.end, strict=True)]
         crop = any(p < 0 for p in (*begin, *end))
-        attrs = {"group": group, "kernel_shape": list(window.kernel), "dilations": list(window.dilations)}
+        attrs: dict[str, Any] = {"group": group, "kernel_shape": list(window.kernel)}
+        attrs["dilations"] = list(window.dilations)
         if not crop:
             return self.record(
                 "Conv", [r, turned], shape, bare=r.bare, positive=positive, pads=[*begin, *end],
@@ -475,6 +491,77 @@ class RecorderOps:
             start = max(-begin[i], 0)
             y = self.slice(y, i - n, start, start + int(shape[i - n]))
         return y
+
+    @staticmethod
+    def _has_phases(w: Symbol, window: Window, group: int) -> bool:
+        """Equal strides over pictures, no dilation, dense or depthwise: what DepthToSpace can put together."""
+        square = window.rank == 2 and len(set(window.strides)) == 1 and set(window.dilations) == {1}
+        return square and (group == 1 or (w.shape[1] == 1 and w.shape[0] == group))
+
+    def _conv_adjoint_by_phases(
+        self, r: Symbol, w: Symbol, window: Window, shape: Shape, group: int, positive: bool
+    ) -> Symbol:
+        """Stride s: the cells of the input fall into s x s phases, and each phase sees its own part of the kernel, so
+        that one Conv with s*s times the channels and DepthToSpace take the place of ConvTranspose, which runtimes are
+        slow at. Cell i = p s + f - begin gets the sum over t of W[t s + f] r[p - t].
+        """
+        s = window.strides[0]
+        m, per_group = int(w.shape[0]), int(w.shape[1])
+        size = tuple(int(n) for n in shape[-2:])
+        if set(window.kernel) == {1}:
+            q: tuple[int, ...] = (1, 1)
+            y = self._conv_adjoint_as_conv(
+                r, w, Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0)), (*shape[:-2], *r.shape[-2:]), group, positive
+            )
+            y = self._spread(y, s)
+        else:
+            q = tuple(-(-k // s) for k in window.kernel)
+            short = [n * s - k for n, k in zip(q, window.kernel, strict=True)]
+            if any(short):
+                w = self.record(
+                    "Pad", [w, np.array([0, 0, 0, 0, 0, 0, *short], np.int64)],
+                    (m, per_group, q[0] * s, q[1] * s), positive=w.positive,
+                )  # fmt: skip
+            parts = self._reshaped(w, (m, per_group, q[0], s, q[1], s), False)
+            first, second = (1, 0) if group == 1 else (0, 1)
+            outs = per_group if group == 1 else m
+            parts = self.record(
+                "Transpose", [parts], (outs, s, s, (m, per_group)[second], *q), positive=w.positive,
+                perm=[first, 3, 5, second, 2, 4],
+            )  # fmt: skip
+            turned = self._reshaped(parts, (outs * s * s, int(parts.shape[3]), *q), False)
+            if max(q) > 1:
+                bounds = [np.full(2, v, np.int64) for v in (-1, -(2**31))]
+                turned = self.record(
+                    "Slice", [turned, *bounds, np.arange(2, 4), np.full(2, -1, np.int64)], turned.shape,
+                    positive=w.positive,
+                )  # fmt: skip
+            phases = [-(-(b + n) // s) for b, n in zip(window.begin, size, strict=True)]
+            behind = [max(p - int(n), 0) for p, n in zip(phases, r.shape[-2:], strict=True)]
+            wide = tuple(int(n) + e for n, e in zip(r.shape[-2:], behind, strict=True))
+            y = self.record(
+                "Conv", [r, turned], (*shape[:-3], outs * s * s, *wide), bare=r.bare, positive=positive, group=group,
+                kernel_shape=list(q), strides=[1, 1], dilations=[1, 1], pads=[n - 1 for n in q] + behind,
+            )  # fmt: skip
+            y = self.record(
+                "DepthToSpace", [y], (*shape[:-2], wide[0] * s, wide[1] * s), bare=y.bare, positive=positive,
+                blocksize=s, mode="CRD",
+            )  # fmt: skip
+        for i in (-2, -1):
+            begin, have = window.begin[i], int(y.shape[i])
+            if begin or have > size[i]:
+                y = self.slice(y, i, begin, min(begin + size[i], have))
+            y = self._padded(y, i, 0, size[i] - int(y.shape[i]), _replaced(y.shape, i, size[i]))
+        return y
+
+    def _spread(self, y: Symbol, s: int) -> Symbol:
+        """Put s - 1 zeros behind every cell of the last two axes."""
+        *lead, h, w = y.shape
+        for axis, (rows, inner) in enumerate((((h, w), 1), ((h, 1), int(w) * s))):
+            cells = self._reshaped(y, (*lead, int(rows[0]) * int(rows[1]), inner), y.bare)
+            y = self._padded(cells, -1, 0, (s - 1) * inner, _replaced(cells.shape, -1, s * inner))
+            assert axis < 2
+        return self._reshaped(y, (*lead, int(h) * s, int(w) * s), y.bare)
 
     def window_sum(self, x: Symbol, window: Window) -> Symbol:
         folded, lead = self._folded(x, window)
@@ -542,7 +629,7 @@ class RecorderOps:
         lead = x.shape[: -window.rank - 1]
         if x.bare or len(lead) == 1:
             return x, lead
-        batch: Dim = prod(lead) if all(isinstance(n, int) for n in lead) else BATCH  # type: ignore[arg-type]
+        batch: Dim = prod(lead) if all(isinstance(n, int) for n in lead) else BATCH
         sizes = [n if isinstance(n, int) else -1 for n in (batch, *x.shape[-window.rank - 1 :])]
         folded = self.record(
             "Reshape", [x, np.array(sizes, np.int64)], (batch, *x.shape[-window.rank - 1 :]), positive=x.positive

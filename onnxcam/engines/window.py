@@ -78,3 +78,29 @@ def resolve_conv(
         ]
         begin, end = tuple(b for b, _ in pairs), tuple(e for _, e in pairs)
     return Window(tuple(kernel), strides, dilations, begin, end)
+
+
+def resolve_pool(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    ceil_mode: bool = False,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> tuple[Window, tuple[int, ...]]:
+    """The window of an ONNX MaxPool or AveragePool, and the end pads as the file states them.
+
+    With `ceil_mode` the last window may reach past the padding; the returned window's `end` covers it. A window that
+    would start beyond the padded input is left out, as PyTorch and ONNX Runtime do.
+    """
+    window = resolve_conv(size, kernel, auto_pad, dilations, pads, strides)
+    if not ceil_mode or auto_pad != "NOTSET":
+        return window, window.end
+    end = []
+    for x, k, b, e, s in zip(size, window.extent, window.begin, window.end, window.strides, strict=True):
+        count = ceil((x + b + e - k) / s) + 1
+        if (count - 1) * s >= x + b:
+            count -= 1
+        end.append(max(e, (count - 1) * s + k - x - b))
+    return Window(window.kernel, window.strides, window.dilations, window.begin, tuple(end)), window.end

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 
-from onnxcam.engines.window import Window, halves, resolve_conv
+from onnxcam.engines.window import Window, halves, resolve_conv, resolve_pool
 from onnxcam.graph import Node
 
 
@@ -32,22 +31,16 @@ def conv_window(node: Node, size: Sequence[int], kernel: Sequence[int]) -> Windo
 
 
 def pool_window(node: Node, size: Sequence[int]) -> tuple[Window, tuple[int, ...]]:
-    """Window of a MaxPool or AveragePool, and the end pads as the file states them.
-
-    With `ceil_mode` the last window may reach past the padding; the returned window's `end` covers it. A window that
-    would start beyond the padded input is left out, as PyTorch and ONNX Runtime do.
-    """
-    kernel = tuple(int(k) for k in node.attr("kernel_shape"))
-    window = conv_window(node, size, kernel)
-    if not node.attr("ceil_mode", 0) or node.attr("auto_pad", "NOTSET") != "NOTSET":
-        return window, window.end
-    end = []
-    for x, k, b, e, s in zip(size, window.extent, window.begin, window.end, window.strides, strict=True):
-        count = ceil((x + b + e - k) / s) + 1
-        if (count - 1) * s >= x + b:
-            count -= 1
-        end.append(max(e, (count - 1) * s + k - x - b))
-    return Window(kernel, window.strides, window.dilations, window.begin, tuple(end)), window.end
+    """Window of a MaxPool or AveragePool, and the end pads as the file states them."""
+    return resolve_pool(
+        size,
+        [int(k) for k in node.attr("kernel_shape")],
+        bool(node.attr("ceil_mode", 0)),
+        node.attr("auto_pad", "NOTSET"),
+        node.attr("dilations"),
+        node.attr("pads"),
+        node.attr("strides"),
+    )
 
 
 def conv_transpose_window(node: Node, size: Sequence[int], kernel: Sequence[int]) -> Window:

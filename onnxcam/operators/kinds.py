@@ -37,6 +37,9 @@ class Values(Protocol):
     def shape(self, tensor: str) -> tuple[int, ...]:
         """The tensor's shape; while recording, an axis of unknown length is a string."""
 
+    def precise(self, tensor: str) -> bool:
+        """True where the forward pass gives the tensor as precisely as relevance is computed."""
+
     def derived(self, tensor: str, what: str, make: Callable[[Array], Array]) -> Array:
         """`make(array)`, computed once per tensor and `what`: the positive part of a weight, say."""
 
@@ -71,8 +74,8 @@ class At:
         return self.values.shape(self.node.outputs[i])
 
     def carries(self, i: int) -> bool:
-        """True where input `i` is there and is no constant, so that relevance can flow to it."""
-        return self.node.has(i) and not self.node.is_constant(i)
+        """True where what the model sees flows in through input `i`, so that relevance can flow back."""
+        return self.node.has(i) and self.node.inputs[i] in self.node.graph.data
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class LinearMap:
         apply: (x, w) -> z without bias.
         adjoint: (r, w) -> array of shape (T, *x.shape).
         part: (what, make) -> the weight changed by `make`, cached under `what`.
+        total: z + b as the forward pass found it; None where that is not known precisely.
     """
 
     ops: Any
@@ -96,6 +100,7 @@ class LinearMap:
     apply: Callable[[Array, Array | None], Array]
     adjoint: Callable[[Array, Array | None], Array]
     part: Callable[[str, Callable[[Array], Array]], Array | None]
+    total: Callable[[], Array | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,14 @@ class Linear:
             part=lambda what, make: at.values.derived(
                 name, f"{what}, times {self.scale}", lambda w: make(self._scaled(w))
             ),
+            total=lambda: self._total(at, extra),
         )
+
+    @staticmethod
+    def _total(at: At, extra: Array | None) -> Array | None:
+        if not at.values.precise(at.node.outputs[0]):
+            return None
+        return at.output() if extra is None else at.output() + extra
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
         return [(self.operand, self.adjoint(at, rs[0], self._scaled(at.input(self.weight))))]

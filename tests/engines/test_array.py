@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcam.composites import COMPOSITES
 from onnxcam.engines.array import ArrayOps, array_ops
-from onnxcam.engines.session import in_double
+from onnxcam.engines.reference import in_double
 from onnxcam.engines.window import Window, resolve_conv
 from onnxcam.errors import UsageError
 from onnxcam.graph import Graph

@@ -22,7 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxcam.engines.session import in_double
+from onnxcam.engines.reference import in_double
 from onnxcam.operators import registered
 from onnxcam.operators.statistics import STOPS
 from tests.operators.single_node import Single, Values, agree

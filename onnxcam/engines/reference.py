@@ -1,0 +1,112 @@
+"""The reference session: the onnx package's own evaluator, in float64 throughout; slow and exact, for checks.
+
+ONNX Runtime lacks many kernels for float64. Where the evaluator loops in Python or goes wrong, the array engine stands in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+
+class ReferenceSession:
+    """The onnx package's reference evaluator, in float64 throughout: slow and exact, for checks."""
+
+    def __init__(self, model: onnx.ModelProto, taps: Sequence[str]):
+        from onnx.reference import ReferenceEvaluator
+
+        self._taps = tuple(taps)
+        self._evaluator = ReferenceEvaluator(in_double(model), new_ops=_replacements())
+        self.providers = ["onnx.reference"]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        doubled = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in feeds.items()}
+        return dict(zip(self._taps, self._evaluator.run(None, doubled), strict=True))
+
+
+def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with every float tensor, attribute and cast in float64."""
+    double = onnx.ModelProto()
+    double.CopyFrom(model)
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+    def widen(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type in floats:
+            array = numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+    def visit(graph: onnx.GraphProto) -> None:
+        del graph.value_info[:]
+        for tensor in graph.initializer:
+            widen(tensor)
+        for value in (*graph.input, *graph.output):
+            if value.type.tensor_type.elem_type in floats:
+                value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.TENSOR:
+                    widen(attribute.t)
+                elif attribute.type == onnx.AttributeProto.GRAPH:
+                    visit(attribute.g)
+                elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in floats:
+                    attribute.i = onnx.TensorProto.DOUBLE
+
+    visit(double.graph)
+    return double
+
+
+def _replacements() -> list[Any]:
+    """Ops of the reference evaluator that loop in Python, round to float32 or go wrong, on the array engine instead."""
+    from onnx.reference.op_run import OpRun
+    from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
+
+    from onnxcam.engines.array import ArrayOps
+    from onnxcam.engines.window import resolve_conv, resolve_pool
+
+    ops = ArrayOps(np, "float64")
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+
+    class Conv(OpRun):
+        op_domain = ""
+
+        def _run(  # type: ignore[no-untyped-def]
+            self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None
+        ):
+            window = resolve_conv(X.shape[2:], W.shape[2:], auto_pad or "NOTSET", dilations, pads, strides)
+            y = ops.conv(X, W, window, group or 1)
+            return (y if B is None else y + B.reshape(-1, *(1,) * window.rank),)
+
+    class MaxPool(ReferenceMaxPool):
+        op_domain = ""
+
+        def _run(  # type: ignore[no-untyped-def]
+            self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None, storage_order=None,
+            strides=None,
+        ):  # fmt: skip
+            if len(self.onnx_node.output) > 1 or x.dtype.kind != "f":
+                return super()._run(x, auto_pad, ceil_mode, dilations, kernel_shape, pads, storage_order, strides)
+            window, _ = resolve_pool(
+                x.shape[2:], kernel_shape, bool(ceil_mode), auto_pad or "NOTSET", dilations, pads, strides
+            )
+            return (ops.window_max(x, window),)
+
+    class Erf(OpRun):
+        op_domain = ""
+
+        def _run(self, x):  # type: ignore[no-untyped-def]
+            return (erf(x),)
+
+    class Gelu(OpRun):
+        op_domain = ""
+
+        def _run(self, x, approximate=None):  # type: ignore[no-untyped-def]
+            if approximate == "tanh":
+                return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
+            return (0.5 * x * (1 + erf(x / math.sqrt(2))),)
+
+    return [Conv, MaxPool, Erf, Gelu]
