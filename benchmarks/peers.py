@@ -45,6 +45,9 @@ class Setting:
         with missing("torch, torchvision"):
             import torch
 
+            from exporters.torch_common import import_torchvision
+
+            import_torchvision()
             torch.set_num_threads(self.threads)
             return module_of(self.name)
 

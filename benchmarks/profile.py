@@ -1,8 +1,8 @@
 """Where the time of a compiled explanation goes: ONNX Runtime's profile by op type and node.
 
-`python -m benchmarks.profile MODEL --layer L ...` compiles, runs under ONNX Runtime's profiler and prints time by op type,
-split into nodes of the user's graph and recorded ones (changes of memory layout that ONNX Runtime puts in are neither),
-and the nodes that take longest, with their shapes and, for convolutions and products, multiply-adds per second.
+`python -m benchmarks.profile MODEL --layer L ...` compiles, runs under ONNX Runtime's profiler and prints time by op
+type, split into nodes of the user's graph and recorded ones (changes of memory layout that ONNX Runtime puts in are
+neither), and the nodes that take longest, with their shapes and, where they have any, multiply-adds per second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was measured, one JSON line for each model and contender, so that a run that was broken off goes on from there."""
+"""What was measured, one JSON line for each model and contender, so that a broken-off run goes on from there."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.columns import COLUMNS
 from benchmarks.models import subject
@@ -53,8 +54,8 @@ START_HEAD = """
 ## Whole processes
 
 `ready`: `onnxcam.load`, `compile` and the session, after imports. Memory is the most the process ever held: `explain`
-calls `Model.explain`, `file` loads the compiled file with ONNX Runtime and nothing else; both relative to a process that
-runs the plain model once.
+calls `Model.explain`, `file` loads the compiled file with ONNX Runtime and nothing else; both relative to a process
+that runs the plain model once.
 """
 
 
@@ -93,7 +94,7 @@ def columns_table(records: Sequence[Record], columns: Sequence[str], statistic: 
             f"{found[c].ratio(statistic=statistic):.2f} ({found[c].figures['bound']:.2f})" if c in found else "–"
             for c in columns
         ]
-        plain = f"{min(r.seconds('plain', statistic) for r in alone) * 1e3:.1f} ms"
+        plain = f"{median(r.seconds('plain', statistic) for r in alone) * 1e3:.1f} ms"
         rows.append([subject(model).title, plain, f"{own[0].figures['macs'] / 1e9:.2f} G", *cells])
     return _markdown(["model", "plain inference", "multiply-adds", *(COLUMNS[c].title for c in columns)], rows)
 

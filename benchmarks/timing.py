@@ -15,7 +15,7 @@ class Skip(Exception):
 
 
 def alternate(contenders: Mapping[str, Run], rounds: int, *, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of every run of every contender, `rounds` each, in turns; `warm` lets each run once that does not count."""
+    """Seconds of every run of every contender, `rounds` each, in turns, after one each that does not count."""
     if warm:
         for run in contenders.values():
             run()

@@ -7,7 +7,6 @@ user's graph as it is with the explanation behind it, and runs and deploys like 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from onnxcam.operators.kinds import Array
 from onnxcam.propagate import walk
 from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import Start, start as find_start
-from onnxcam.targets import Target
+from onnxcam.targets import Target, target_codes
 
 if TYPE_CHECKING:
     from onnxcam.model import Canonical, Model, Size
@@ -157,7 +156,10 @@ def compile(
         rules = rules.with_box(*model.preprocess.bounds(model.spec))
     if reason := why_no_logits(canonical.graph, canonical.logits):
         raise ModelError(reason)
-    fixed = None if targets is None or isinstance(targets, int) else _fixed(model, targets, canonical)
+    fixed = None
+    if targets is not None and not isinstance(targets, int):
+        listed_targets = [targets] if isinstance(targets, str) else list(targets)
+        fixed = target_codes(listed_targets, _classes(canonical), model.labels)
     count = len(fixed) if fixed else (targets if isinstance(targets, int) else 1)
     if count < 1:
         raise UsageError(f"{count} targets is nothing to compile for: give 1 or more")
@@ -408,24 +410,10 @@ def _unique(name: str, taken: set[str]) -> str:
     return unique
 
 
-def _fixed(model: Model, targets: Sequence[Target] | Target, canonical: Canonical) -> list[int]:
-    """Class numbers, or -1, -2, ... for the most likely classes of each image."""
+def _classes(canonical: Canonical) -> int:
+    """How many logits there are, as far as the graph tells."""
     shape = canonical.graph.shape(canonical.logits) or ()
-    classes = max(2, int(np.prod([n for n in (shape[1:] if len(shape) > 1 else shape) if isinstance(n, int)])))
-    out: list[int] = []
-    for target in [targets] if isinstance(targets, str | int) else targets:
-        top = re.fullmatch(r"top-?(\d+)", str(target).strip(), re.IGNORECASE)
-        if top and not 1 <= int(top[1]) <= classes:
-            raise UsageError(f"target {str(target)!r}: the model has {classes} classes")
-        if str(target).strip() == "predicted":
-            out.append(PREDICTED)
-        elif top:
-            out += [PREDICTED - rank for rank in range(int(top[1]))]
-        else:
-            out += model.labels.find(str(target), classes)
-    if not out:
-        raise UsageError("there is no target to compile for")
-    return list(dict.fromkeys(out))
+    return int(np.prod([n for n in (shape[1:] if len(shape) > 1 else shape) if isinstance(n, int)]))
 
 
 def _version() -> str:

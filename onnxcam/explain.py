@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from onnxcam.check import no_classifier, why_no_logits
+from onnxcam.check import why_no_logits
 from onnxcam.composites import Composite, composite as find_composite
-from onnxcam.engines.array import ArrayOps, array_ops
-from onnxcam.engines.reference import ReferenceSession
-from onnxcam.engines.session import RuntimeSession
+from onnxcam.engines.array import array_ops
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.input_spec import static
@@ -22,12 +19,12 @@ from onnxcam.layers import Layer, better_neighbour
 from onnxcam.methods import Method, method as find_method
 from onnxcam.model import Canonical, Model, as_batches
 from onnxcam.pictures import open_image
-from onnxcam.propagate import needed_taps, propagate
+from onnxcam.runners import ArrayRunner, Batch, Job, RecordedRunner, Runner
 from onnxcam.starts import Start, softmax, start as find_start
-from onnxcam.taps import expose
-from onnxcam.targets import Target, choose_targets
+from onnxcam.targets import Target, target_codes
 
 Source = str | Path | Image.Image
+ENGINES = ("onnx", "numpy", "cupy")
 
 
 def explain(
@@ -39,7 +36,7 @@ def explain(
     method: str | Method = "relevance-cam",
     composite: str | Composite | None = None,
     start: str | Start | None = None,
-    engine: str = "numpy",
+    engine: str | None = None,
     dtype: str = "float32",
     providers: Sequence[str] = ("cpu",),
     batch_size: int = 8,
@@ -55,8 +52,9 @@ def explain(
         method: how relevance and activations are combined.
         composite: which LRP rule applies where; by default the method's.
         start: relevance at the logits; by default the method's.
-        engine: numpy or cupy.
-        dtype: float32, or float64 with the reference evaluator's forward pass (slow; for checks).
+        engine: onnx (the explanation as one recorded ONNX model), or numpy or cupy (the walk over arrays); by default
+            onnx, and numpy for float64.
+        dtype: float32; float64 with an array engine and the reference evaluator's forward pass (slow; for checks).
         providers: execution providers for the forward pass, in order of preference.
         batch_size: images at a time, where the file leaves its batch open.
         progress: called with (done, total) images.
@@ -76,7 +74,11 @@ def explain(
     chosen = find_method(method)
     rules = find_composite(composite or chosen.composite)
     begin = find_start(start or chosen.start)
-    ops = array_ops(engine, dtype)
+    engine = engine or ("onnx" if dtype == "float32" else "numpy")
+    if engine not in ENGINES:
+        raise UsageError(f"no engine named {engine!r}: there are {', '.join(ENGINES)}")
+    if engine == "onnx" and dtype != "float32":
+        raise UsageError(f"engine onnx computes in float32; {dtype} needs engine numpy")
 
     pictures, arrays = _inputs(model, images)
     size = tuple(arrays[0].shape[2:]) if model.spec.layout != "NHWC" else tuple(arrays[0].shape[1:3])
@@ -86,24 +88,34 @@ def explain(
     if reason := why_no_logits(canonical.graph, canonical.logits):
         raise ModelError(reason)
     found = model.resolve(_layers(layers), size)
-    plan = _plan(model, size, found, rules, dtype, providers)
-    rules = _boxed(rules, model, np.concatenate(arrays))
+    together = np.concatenate(arrays)
+    rules = _boxed(rules, model, together)
+    runner = _runner(model, size, found, chosen, rules, begin, engine, dtype, providers)
+    codes = target_codes(_listed(targets), _classes(canonical), model.labels)
 
-    parts: list[_Part] = []
-    total = sum(len(a) for a in arrays)
-    for part, count in as_batches(np.concatenate(arrays), batch_size, model.spec.batch):
-        parts.append(_explain_batch(model, plan, part, count, targets, found, chosen, rules, begin, ops))
+    parts: list[Batch] = []
+    done = 0
+    for part, count in as_batches(together, batch_size, model.spec.batch):
+        parts.append(runner.run(part, codes).first(count))
+        done += count
         if progress is not None:
-            progress(sum(p.count for p in parts), total)
+            progress(done, len(together))
+    logits = np.concatenate([p.logits for p in parts])
+    maps = {name: np.concatenate([p.maps[name] for p in parts]) for name in found}
+    for name, heat in maps.items():
+        if not np.isfinite(heat).all():
+            raise ModelError(
+                f"the map of layer {name!r} is not finite; engine numpy with float64 may tell where it overflows"
+            )
 
     return Explanation(
         model=model,
         pictures=pictures,
         layers=found,
-        maps={name: np.concatenate([p.maps[name] for p in parts]) for name in found},
+        maps=maps,
         targets=np.concatenate([p.targets for p in parts]),
-        logits=np.concatenate([p.logits for p in parts]),
-        probabilities=np.concatenate([p.probabilities for p in parts]),
+        logits=logits.astype(np.float32),
+        probabilities=_probabilities(logits, canonical.squash).astype(np.float32),
         conservation=Conservation.merge([p.conservation for p in parts]),
         options={
             "method": chosen.name,
@@ -111,32 +123,12 @@ def explain(
             "start": begin.name,
             "engine": engine,
             "dtype": dtype,
-            "providers": plan.session.providers,
+            "providers": runner.providers,
             "preprocess": model.preprocess.name if pictures[0].view is not None else None,
             "targets": [str(t) for t in _listed(targets)],
         },
         warnings=_warnings(model, found, chosen, size, pictures),
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What can be made before there is a picture, and is kept for the next one."""
-
-    canonical: Canonical
-    session: RuntimeSession | ReferenceSession
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The results of one batch; (count, T, ...)."""
-
-    count: int
-    maps: dict[str, np.ndarray]
-    targets: np.ndarray
-    logits: np.ndarray
-    probabilities: np.ndarray
-    conservation: Conservation
 
 
 def _inputs(model: Model, images: Any) -> tuple[list[Picture], list[np.ndarray]]:
@@ -178,25 +170,34 @@ def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], list[np.nda
     return [Picture(f"array-{i}", None) for i in range(len(array))], [array]
 
 
-def _plan(
+def _runner(
     model: Model,
     size: tuple[int, ...],
     layers: dict[str, Layer],
+    method: Method,
     rules: Composite,
+    start: Start,
+    engine: str,
     dtype: str,
-    providers: Sequence[str],
-) -> Plan:
-    tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
+    providers: list[str],
+) -> Runner:
+    tensors = {layer.tensor for layer in layers.values()}
     listed = {row.tensor for row in model.layers(size)}
-    canonical = model.canonical(size, frozenset(tensors) - listed, rules.fold_batchnorm)
-    key = ("plan", tuple(tensors), dtype, tuple(providers))
-    if key not in canonical.cache:
-        taps = needed_taps(canonical.graph, tensors, canonical.logits)
-        exposed = expose(canonical.graph, taps)
-        session = ReferenceSession(exposed, taps) if dtype == "float64" else RuntimeSession(exposed, taps, providers)
-        canonical.cache[key] = Plan(canonical, session)
-    plan: Plan = canonical.cache[key]
-    return plan
+    canonical = model.canonical(size, frozenset(tensors - listed), rules.fold_batchnorm)
+    job = Job(canonical, model.spec.name, layers, method, rules, start)
+    if engine == "onnx":
+        return RecordedRunner(job, providers, balances=rules.conserves)
+    return ArrayRunner(job, array_ops(engine, dtype), dtype, providers)
+
+
+def _classes(canonical: Canonical) -> int:
+    """Number of logits; `why_no_logits` has seen that the model is a classifier."""
+    shape = canonical.graph.shape(canonical.logits) or ()
+    return max([n for n in shape[1:] if isinstance(n, int)], default=1) if len(shape) > 1 else max(1, *_known(shape))
+
+
+def _known(shape: Sequence[int | str | None]) -> list[int]:
+    return [n for n in shape if isinstance(n, int)]
 
 
 def _boxed(rules: Composite, model: Model, array: np.ndarray) -> Composite:
@@ -206,63 +207,6 @@ def _boxed(rules: Composite, model: Model, array: np.ndarray) -> Composite:
     if model.spec.layout is not None:
         return rules.with_box(*model.preprocess.bounds(model.spec))
     return rules.with_box(np.asarray(array.min()), np.asarray(array.max()))
-
-
-def _explain_batch(
-    model: Model,
-    plan: Plan,
-    array: np.ndarray,
-    count: int,
-    wanted: Sequence[Target] | Target | None,
-    layers: dict[str, Layer],
-    method: Method,
-    rules: Composite,
-    start: Start,
-    ops: ArrayOps,
-) -> _Part:
-    canonical = plan.canonical
-    graph, logits_name = canonical.graph, canonical.logits
-    taps = plan.session.run({model.spec.name: array})
-    logits = _as_rows(taps[logits_name], len(array))
-    if logits is None:
-        raise ModelError(no_classifier(logits_name, taps[logits_name].shape))
-    if not np.isfinite(logits).all():
-        raise ModelError(f"the model's logits ({logits_name!r}) are not finite on this input: check the preprocessing")
-    classes = choose_targets(_listed(wanted), logits, model.labels)
-
-    relevance = start(logits, classes).reshape(classes.shape[1], *taps[logits_name].shape)
-    tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
-    constants = canonical.cache.setdefault(("constants", type(ops), str(ops.dtype)), {})
-    flow = propagate(graph, taps, {logits_name: relevance}, tensors, rules, ops, constants)
-
-    maps = {}
-    for name, layer in layers.items():
-        if layer.tensor not in flow.relevance:
-            raise ModelError(
-                f"no relevance reaches layer {name!r} by the rules of {rules.name!r}: it weighs what is seen, as a "
-                "gate or a statistic does; name a layer before or behind it"
-            )
-        combined = method.combine(ops, ops.asarray(taps[layer.tensor]), flow.relevance[layer.tensor])
-        heat = np.moveaxis(np.asarray(ops.to_host(combined)), 0, 1)[:count].astype(np.float32)
-        if not np.isfinite(heat).all():
-            raise ModelError(f"the map of layer {name!r} is not finite; `dtype='float64'` may tell where it overflows")
-        maps[name] = heat
-    at_layers = {name: flow.relevance[layer.tensor] for name, layer in layers.items()}
-    return _Part(
-        count,
-        maps,
-        classes[:count],
-        logits[:count].astype(np.float32),
-        _probabilities(logits, canonical.squash)[:count].astype(np.float32),
-        Conservation.of(flow, relevance, at_layers, ops, count),
-    )
-
-
-def _as_rows(logits: np.ndarray, images: int) -> np.ndarray | None:
-    """Logits as (N, K), whatever axes of length 1 the file gives them; None where they are none of a classifier."""
-    if logits.ndim >= 2 and logits.shape[0] == images and logits.size == images * max(logits.shape[1:]):
-        return logits.reshape(images, -1)
-    return logits[None] if logits.ndim == 1 and images == 1 else None
 
 
 def _probabilities(logits: np.ndarray, squash: str | None) -> np.ndarray:

@@ -17,9 +17,7 @@ from onnxcam.files import safe_name, writable_folder, write_atomically
 from onnxcam.layers import Layer
 
 if TYPE_CHECKING:
-    from onnxcam.engines.array import ArrayOps
     from onnxcam.model import Model
-    from onnxcam.propagate import Flow
 
 SCHEMA_VERSION = 1
 
@@ -63,21 +61,15 @@ class Conservation:
     at_layers: dict[str, np.ndarray]
     nodes: list[NodeBalance] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, flow: Flow, start: np.ndarray, at_layers: dict[str, Any], ops: ArrayOps, count: int) -> Conservation:
-        """From one walk; `count` images of the batch count."""
-
-        def rows(sums: np.ndarray) -> np.ndarray:
-            return np.asarray(sums, np.float64).T[:count]
-
-        axes = tuple(range(2, start.ndim))
-        return cls(
-            rows(start.sum(axes)),
-            rows(np.abs(start).sum(axes)),
-            {name: rows(ops.to_host(ops.sum(r, tuple(range(2, r.ndim))))) for name, r in at_layers.items()},
+    def first(self, count: int) -> Conservation:
+        """That of the first `count` images."""
+        return Conservation(
+            self.start[:count],
+            self.start_magnitude[:count],
+            {name: sums[:count] for name, sums in self.at_layers.items()},
             [
-                NodeBalance(b.node, b.op_type, b.rule, rows(b.received), rows(b.handed), rows(b.magnitude))
-                for b in flow.balances
+                NodeBalance(n.node, n.op_type, n.rule, n.received[:count], n.handed[:count], n.magnitude[:count])
+                for n in self.nodes
             ],
         )
 

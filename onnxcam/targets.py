@@ -1,4 +1,8 @@
-"""Targets: which classes to explain, as numbers, label texts, "top3", or "predicted"."""
+"""Targets: which classes to explain, as numbers, label texts, "top3", or "predicted".
+
+What was asked for becomes a few codes: a class number, or -1 for the most likely class of each image, -2 for the second
+most likely, and so on. Codes mean the same for every batch, and are what a compiled model takes.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +17,47 @@ from onnxcam.labels import Labels
 Target = str | int
 
 
-def choose_targets(wanted: Sequence[Target], logits: np.ndarray, labels: Labels) -> np.ndarray:
-    """Class numbers (N, T) for logits (N, K).
+def target_codes(wanted: Sequence[Target], classes: int, labels: Labels) -> list[int]:
+    """Codes of what was asked for, each once, in the order asked.
 
-    `predicted` is the class of the largest logit and `topN` the N largest, each for every image by itself; a number or
-    a label text is the same class for all. A model with a single logit has classes 0 and 1, told apart by its sign.
+    `classes` is how many logits the model has; a single one has classes 0 and 1, told apart by its sign.
 
     Raises:
         UsageError: no such class, or nothing asked for.
     """
-    classes = max(logits.shape[1], 2)
-    ranked = _ranked(logits)
-    columns: list[np.ndarray] = []
+    classes = max(classes, 2)
+    codes: list[int] = []
     for target in wanted:
         text = str(target).strip()
         match = re.fullmatch(r"top-?(\d+)", text, re.IGNORECASE)
         if text == "predicted":
-            columns.append(ranked[:, :1])
+            codes.append(-1)
         elif match:
             n = int(match[1])
             if not 1 <= n <= classes:
                 raise UsageError(f"target {text!r}: the model has {classes} classes")
-            columns.append(ranked[:, :n])
+            codes += range(-1, -n - 1, -1)
         else:
-            found = labels.find(text, classes)
-            columns.append(np.tile(np.array(found, np.int64), (len(logits), 1)))
-    if not columns:
+            codes += labels.find(text, classes)
+    if not codes:
         raise UsageError("there is no target to explain")
-    together = np.concatenate(columns, axis=1)
-    # The same class asked for twice is explained once, unless images differ in it.
-    _, first = np.unique(together, axis=1, return_index=True)
-    return together[:, np.sort(first)]
+    return list(dict.fromkeys(codes))
+
+
+def classes_of(codes: Sequence[int], logits: np.ndarray) -> np.ndarray:
+    """Class numbers (N, T) that `codes` mean for logits (N, K)."""
+    ranked = _ranked(logits)
+    columns = [ranked[:, -c - 1] if c < 0 else np.full(len(logits), c) for c in codes]
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+def choose_targets(wanted: Sequence[Target], logits: np.ndarray, labels: Labels) -> np.ndarray:
+    """Class numbers (N, T) for logits (N, K), from what was asked for.
+
+    Raises:
+        UsageError: no such class, or nothing asked for.
+    """
+    return classes_of(target_codes(wanted, logits.shape[1], labels), logits)
 
 
 def _ranked(logits: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ compiled = onnxcam.compile(model, layers=["suggested"])  # the class is an input
 compiled.save(work / "explained.onnx")
 
 array = model.preprocess.apply(Image.open(picture), model.spec).array
-exact = model.explain(array, layers=["suggested"], dtype="float64")
+exact = model.explain(array, layers=["suggested"], engine="numpy", dtype="float64")
 
 array.astype("<f4").tofile(work / "input.f32")
 maps = {}

@@ -42,7 +42,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("--start", metavar="S", help=f"one of {', '.join(STARTS)}")
     add_preprocess(p)
     run = p.add_argument_group("running")
-    run.add_argument("--engine", choices=("numpy", "cupy"), default="numpy", help="who computes relevance")
+    run.add_argument(
+        "--engine", choices=("onnx", "numpy", "cupy"),
+        help="who computes relevance: one recorded ONNX model, or the walk over arrays (default: onnx)",
+    )  # fmt: skip
     run.add_argument(
         "--provider", metavar="P", action="append", dest="providers",
         help=f"execution provider of the forward pass: {', '.join(PROVIDERS)}; may be repeated (default: cpu)",

@@ -1,6 +1,7 @@
 """The reference session: the onnx package's own evaluator, in float64 throughout; slow and exact, for checks.
 
-ONNX Runtime lacks many kernels for float64. Where the evaluator loops in Python or goes wrong, the array engine stands in.
+ONNX Runtime lacks many kernels for float64. Where the evaluator loops in Python or goes wrong, the array engine stands
+in.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _replacements() -> list[Any]:
     class MaxPool(ReferenceMaxPool):
         op_domain = ""
 
-        def _run(  # type: ignore[no-untyped-def]
+        def _run(  # type: ignore[no-untyped-def, override]
             self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None, storage_order=None,
             strides=None,
         ):  # fmt: skip
