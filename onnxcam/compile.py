@@ -24,6 +24,7 @@ from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.files import safe_name, write_atomically
 from onnxcam.graph import Graph
+from onnxcam.labels import labels_to_metadata
 from onnxcam.layers import Layer
 from onnxcam.methods import Method, method as find_method
 from onnxcam.operators.kinds import Array
@@ -181,7 +182,8 @@ def compile(
         "onnxcam.version": _version(),
     }
     proto.producer_name, proto.producer_version = "onnxcam", _version()
-    onnx.helper.set_model_props(proto, {**model.metadata, "onnxcam.preprocess": model.preprocess.to_json(), **metadata})
+    kept = model.metadata | (labels_to_metadata(model.labels) if model.labels else {})
+    onnx.helper.set_model_props(proto, {**kept, "onnxcam.preprocess": model.preprocess.to_json(), **metadata})
     return Compiled(proto, maps, made.notes)
 
 
@@ -231,7 +233,7 @@ def record(
     names: dict[str, str] = {}
     for name, layer in layers.items():
         if layer.tensor not in flow.relevance:
-            raise ModelError(f"no relevance reaches layer {name!r}: nothing differentiable leads from it to the logits")
+            raise ModelError(unreached(name, rules))
         at_layer = flow.relevance[layer.tensor]
         heat = method.combine(ops, values.array(layer.tensor), at_layer)
         heat = _images_first(ops, heat)
@@ -258,6 +260,14 @@ def record(
         tidy(surgeon, frozenset())
         proto = gs.export_onnx(surgeon, do_type_check=False)
     return Recording(proto, names, notes, [(b.node, b.op_type, b.rule) for b in flow.balances])
+
+
+def unreached(layer: str, rules: Composite) -> str:
+    """What to say of a layer that no relevance reaches."""
+    return (
+        f"no relevance reaches layer {layer!r} by the rules of {rules.name!r}: it weighs what is seen, as a gate or a "
+        "statistic does; name a layer before or behind it"
+    )
 
 
 def _raised(graph: Graph) -> tuple[Graph, list[str]]:

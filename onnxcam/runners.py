@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnxcam.check import no_classifier
-from onnxcam.compile import BALANCE, record
+from onnxcam.compile import BALANCE, record, unreached
 from onnxcam.composites import Composite
 from onnxcam.engines.array import ArrayOps
 from onnxcam.engines.reference import ReferenceSession
@@ -170,14 +170,6 @@ def finite(array: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ModelError(f"the model's {what} are not finite on this input: check the preprocessing")
     return array
-
-
-def unreached(layer: str, rules: Composite) -> str:
-    """What to say of a layer that no relevance reaches."""
-    return (
-        f"no relevance reaches layer {layer!r} by the rules of {rules.name!r}: it weighs what is seen, as a gate or a "
-        "statistic does; name a layer before or behind it"
-    )
 
 
 def _start_sums(relevance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

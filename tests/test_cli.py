@@ -282,7 +282,19 @@ def test_flags_refine_a_preset(place, tmp_path, capsys):
 
 
 def test_methods_composites_starts_and_precision_can_be_chosen(place, tmp_path, capsys):
-    options = ("--method", "lrp", "--composite", "epsilon_plus", "--start", "logit", "--dtype", "float64", "--json")
+    options = (
+        "--method",
+        "lrp",
+        "--composite",
+        "epsilon_plus",
+        "--start",
+        "logit",
+        "--engine",
+        "numpy",
+        "--dtype",
+        "float64",
+        "--json",
+    )
     assert run(*GOOD, *options, "-o", str(tmp_path)) == 0
     chosen = json.loads(capsys.readouterr().out)["options"]
     assert (chosen["method"], chosen["composite"], chosen["start"], chosen["dtype"]) == (

@@ -415,6 +415,8 @@ class RecorderOps:
 
     def conv(self, x: Symbol, w: Symbol, window: Window, group: int = 1) -> Symbol:
         size = _sizes(x, window)
+        if any(reader.op == "ConvTranspose" for reader in w.tensor.outputs):
+            w = self._own_copy(w)
         folded, lead = self._folded(x, window)
         shape = (folded.shape[0] if not folded.bare else 1, w.shape[0], *window.output(size))
         y = self.record(

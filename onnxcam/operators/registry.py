@@ -45,6 +45,10 @@ def registered() -> list[tuple[str, str, int, int | None]]:
     )
 
 
+# What the op types of quantised graphs have in their names: QuantizeLinear, QLinearConv, ConvInteger, ...
+_QUANTISED = ("Quantize", "QLinear", "QGemm", "QAttention", "Integer", "MatMulNBits")
+
+
 def _find(node: Node) -> _Entry | None:
     for entry in _ENTRIES.get((node.domain, node.op_type), []):
         if entry.since <= node.opset and (entry.until is None or node.opset <= entry.until):
@@ -58,10 +62,13 @@ def why_not(node: Node) -> str:
     known = [op for domain, op in _ENTRIES if domain == node.domain]
     near = difflib.get_close_matches(node.op_type, known, n=1, cutoff=0.8)
     hint = f" (there is one for {near[0]})" if near and near[0] != node.op_type else ""
-    return (
-        f"node {node.name!r}: no operator for {name} at opset {node.opset}{hint}; explain a layer that lies behind it "
-        "(see `onnxcam layers`), or add the operator as docs/add-an-operator.md shows"
+    way_out = (
+        "the model is quantised, which onnxcam does not explain yet: explain the float model it was made from"
+        if any(mark in node.op_type for mark in _QUANTISED)
+        else "explain a layer that lies behind it (see `onnxcam layers`), or add the operator as "
+        "docs/add-an-operator.md shows"
     )
+    return f"node {node.name!r}: no operator for {name} at opset {node.opset}{hint}; {way_out}"
 
 
 def refusal(node: Node, why: str) -> ModelError:
