@@ -46,7 +46,7 @@ def registered() -> list[tuple[str, str, int, int | None]]:
 
 
 # What the op types of quantised graphs have in their names: QuantizeLinear, QLinearConv, ConvInteger, ...
-_QUANTISED = ("Quantize", "QLinear", "QGemm", "QAttention", "Integer", "MatMulNBits")
+_QUANTISED = ("quantize", "qlinear", "qgemm", "qattention", "integer", "matmulnbits")
 
 
 def _find(node: Node) -> _Entry | None:
@@ -64,7 +64,7 @@ def why_not(node: Node) -> str:
     hint = f" (there is one for {near[0]})" if near and near[0] != node.op_type else ""
     way_out = (
         "the model is quantised, which onnxcam does not explain yet: explain the float model it was made from"
-        if any(mark in node.op_type for mark in _QUANTISED)
+        if any(mark in node.op_type.lower() for mark in _QUANTISED)
         else "explain a layer that lies behind it (see `onnxcam layers`), or add the operator as "
         "docs/add-an-operator.md shows"
     )
