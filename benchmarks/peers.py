@@ -28,7 +28,7 @@ OPENVINO_XAI = "ONNXCAM_BENCH_OPENVINO_XAI"
 
 @dataclass
 class Setting:
-    """What the peers explain: a subject by name and file, one picture, and the class to explain.
+    """What the peers explain: a subject by name and file, one picture, and the class to explain out of so many.
 
     `module` builds the torch module; peers that hook or change it get one each.
     """
@@ -37,6 +37,7 @@ class Setting:
     file: Path
     x: np.ndarray
     target: int
+    classes: int
     threads: int
 
     def module(self) -> Any:
@@ -65,6 +66,19 @@ def missing(what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise Skip(f"{what} not installed ({error})") from error
+
+
+def torch_inference(setting: Setting) -> Run:
+    module = setting.module()
+    import torch
+
+    x = torch.from_numpy(setting.x)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return module(x).numpy()
+
+    return run
 
 
 def pytorch_grad_cam(setting: Setting) -> Run:
@@ -109,18 +123,11 @@ def zennit_epsilon_plus(setting: Setting) -> Run:
     canonizer = ResNetCanonizer() if SUBJECTS[setting.name].stages else SequentialMergeBatchNorm()
     attributor = Gradient(out_of_place(module), EpsilonPlus(canonizers=[canonizer]))
     attributor.__enter__()  # hooks are set once, for all runs
-    x = torch.from_numpy(setting.x)
+    x, onehot = torch.from_numpy(setting.x), torch.zeros(1, setting.classes)
+    onehot[:, setting.target] = 1
 
     def run() -> np.ndarray:
-        start = torch.zeros(1, 1)
-
-        def seed(logits: Any) -> Any:
-            nonlocal start
-            start = torch.zeros_like(logits)
-            start[:, setting.target] = logits[:, setting.target]
-            return start
-
-        return attributor(x.clone().requires_grad_(), seed)[1].detach().numpy().sum(1)
+        return attributor(x.clone().requires_grad_(), lambda logits: logits * onehot)[1].detach().numpy().sum(1)
 
     return run
 
@@ -163,9 +170,11 @@ def openvino_xai(setting: Setting) -> Run:
         child.kill()
         raise Skip("openvino-xai cannot explain this model, or is not installed there")
 
+    ask, answer = child.stdin, child.stdout
+
     def run() -> None:
-        print(setting.target, file=child.stdin, flush=True)
-        if not child.stdout.readline():
+        print(setting.target, file=ask, flush=True)
+        if not answer.readline():
             raise RuntimeError("openvino-xai stopped")
 
     return run
@@ -175,6 +184,7 @@ def openvino_xai(setting: Setting) -> Run:
 class Peer:
     """A peer: its name, the job it does, which column of onnxcam does the same, and what sets it up.
 
+    `claim`: an LRP or gradient method, which onnxcam means to be twice as fast as.
     `once`: far too slow to take turns; it runs a single time, and on the models in `only`.
     """
 
@@ -182,20 +192,26 @@ class Peer:
     job: str
     same: str
     make: Callable[[Setting], Run]
+    claim: bool = False
     once: bool = False
     only: tuple[str, ...] = ()
 
 
 LAST, LRP_PLUS, LRP_EPSILON = "map of the last layer", "LRP to the input, z-plus", "LRP to the input, epsilon"
 
+SLOW = ("resnet50", "efficientnet-lite0")
+
 PEERS = {
+    "torch": Peer("PyTorch itself", "inference only", "plain", torch_inference),
     "numpy": Peer("onnxcam, `engine=numpy`", LAST, "last", array_engine),
-    "pytorch-grad-cam": Peer("pytorch-grad-cam GradCAM", LAST, "last", pytorch_grad_cam),
-    "torch-cam": Peer("torch-cam GradCAM", LAST, "last", torch_cam),
+    "pytorch-grad-cam": Peer("pytorch-grad-cam GradCAM", LAST, "last", pytorch_grad_cam, claim=True),
+    "torch-cam": Peer("torch-cam GradCAM", LAST, "last", torch_cam, claim=True),
     "openvino-xai": Peer("openvino-xai ReciproCAM", LAST, "last", openvino_xai),
-    "zennit": Peer("zennit EpsilonPlus", LRP_PLUS, "lrp-epsilon-plus", zennit_epsilon_plus),
-    "captum": Peer("captum LRP", LRP_EPSILON, "lrp-epsilon", captum_lrp),
-    "score-cam": Peer("pytorch-grad-cam ScoreCAM", LAST, "last", score_cam, True, ("resnet50", "efficientnet-lite0")),
+    "zennit": Peer("zennit EpsilonPlus", LRP_PLUS, "lrp-epsilon-plus", zennit_epsilon_plus, claim=True),
+    "captum": Peer("captum LRP", LRP_EPSILON, "lrp-epsilon", captum_lrp, claim=True),
+    "score-cam": Peer(
+        "pytorch-grad-cam ScoreCAM", LAST, "last", score_cam, once=True, only=("resnet50", "efficientnet-lite0")
+    ),
 }
 
 NOT_RUN = {"the Relevance-CAM authors' code": "not on PyPI, and written for CUDA"}

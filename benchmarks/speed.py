@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,9 @@ class Bench:
             raise Skip("the file has a fixed batch")
         return runner(self.proto, self.shape(batch), self.threads)
 
+    def runner(self, column: str) -> Run:
+        return runner(compiled(self.model, COLUMNS[column]), self.shape(), self.threads)
+
     @cached_property
     def macs(self) -> int:
         return macs(_with_size(self.proto, self.shape()))
@@ -109,10 +113,10 @@ class Bench:
         if peer.only and self.name not in peer.only:
             raise Skip(f"too slow to run on all models; {' and '.join(SUBJECTS[n].title for n in peer.only)} must do")
         x, plain = picture(self.shape()), self.plain()
-        (logits,) = plain()
-        setting = peers.Setting(self.name, self.file, x, int(logits.argmax()), self.threads)
+        logits = plain()[0]
+        setting = peers.Setting(self.name, self.file, x, int(logits.argmax()), logits.shape[-1], self.threads)
         explain = peers.make(peer, setting)
-        same = runner(compiled(self.model, COLUMNS[peer.same]), self.shape(), self.threads)
+        same = plain if peer.same == "plain" else self.runner(peer.same)
         figures = {}
         if peer.same.startswith("lrp"):
             figures["agreement"] = correlation(same()[-1], explain())
@@ -173,7 +177,8 @@ def process(command: Sequence[str]) -> Run:
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Of two maps of the same size, whatever axes of length 1 they have."""
     a, b = np.squeeze(a), np.squeeze(b)
-    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) if a.shape == b.shape else float("nan")
+    wide = [x.ravel().astype(np.float64) for x in (a, b)]  # squares of relevance can be too large for float32
+    return float(np.corrcoef(wide[0], wide[1])[0, 1]) if a.shape == b.shape else float("nan")
 
 
 def _with_size(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
@@ -250,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("-o", "--output", type=Path, help="write the tables there too")
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", module="captum|torch")
     if argv is None:
         on_cores(args.threads)
     args.cache.mkdir(parents=True, exist_ok=True)

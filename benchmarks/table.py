@@ -146,7 +146,7 @@ def goals(records: Sequence[Record], statistic: str) -> str:
             bound = f"{r.figures['bound']:.2f}" if "bound" in r.figures else ""
             rows.append([label, f"≤ {limit:.2f} ×", f"{r.ratio(to, statistic):.2f} ×", bound])
     for r in found.values():
-        if r.contender in PEERS:
+        if r.contender in PEERS and PEERS[r.contender].claim:
             rows.append([PEERS[r.contender].title, "≥ 2.00 × onnxcam", f"{r.ratio('same', statistic):.2f} ×", ""])
     if start := found.get("start"):
         for name in (n for n in start.times if n in COLUMNS):

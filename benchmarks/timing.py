@@ -6,8 +6,9 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import Any
 
-Run = Callable[[], object]
+Run = Callable[[], Any]
 
 
 class Skip(Exception):

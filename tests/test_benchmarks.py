@@ -103,7 +103,7 @@ def test_one_command_measures_writes_the_page_and_goes_on_from_its_cache(file, t
     assert "tiny, torch-cam GradCAM: the torch module of this file is not known" in written
     assert "`engine=numpy`" in written
 
-    monkeypatch.setattr(speed.Bench, "_column", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(speed, "alternate", lambda *_: pytest.fail("measured again"))
     speed.main(command)
     assert page.read_text().count("| tiny |") == written.count("| tiny |")
     capsys.readouterr()

@@ -20,6 +20,8 @@ model_file, picture, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 (work / "expected").mkdir(parents=True, exist_ok=True)
 
 model = onnxcam.load(model_file)
+if model.spec.dtype != np.float32:
+    sys.exit(f"{model_file} takes {model.spec.dtype}; these scripts pass float32")
 compiled = onnxcam.compile(model, layers=["suggested"])  # the class is an input of the file: -1 is the predicted one
 compiled.save(work / "explained.onnx")
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx.reference import ReferenceEvaluator
 
 from onnxcam.runtime import onnxruntime
 
@@ -80,6 +79,8 @@ def _run(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def _reference(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    from onnx.reference import ReferenceEvaluator  # slow to import, and seldom needed
+
     names = [output.name for output in model.graph.output]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -67,7 +67,7 @@ def _replacements() -> list[Any]:
     from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
     from onnxcam.engines.array import ArrayOps
-    from onnxcam.engines.window import resolve_conv, resolve_pool
+    from onnxcam.engines.window import Window, resolve_conv, resolve_pool
 
     ops = ArrayOps(np, "float64")
     erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -89,12 +89,24 @@ def _replacements() -> list[Any]:
             self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None, storage_order=None,
             strides=None,
         ):  # fmt: skip
-            if len(self.onnx_node.output) > 1 or x.dtype.kind != "f":
+            if x.dtype.kind != "f":
                 return super()._run(x, auto_pad, ceil_mode, dilations, kernel_shape, pads, storage_order, strides)
             window, _ = resolve_pool(
                 x.shape[2:], kernel_shape, bool(ceil_mode), auto_pad or "NOTSET", dilations, pads, strides
             )
-            return (ops.window_max(x, window),)
+            y = ops.window_max(x, window)
+            # The evaluator's own Indices are wrong where all strides are 1 (onnx 1.23).
+            return (y,) if len(self.onnx_node.output) == 1 else (y, _places(x, window))
+
+    def _places(x: np.ndarray, window: Window) -> np.ndarray:
+        """The flat index into `x` of the first maximum of each window."""
+        size = x.shape[2:]
+        border = [(0, 0), (0, 0), *zip(window.begin, window.end, strict=True)]
+        padded = np.pad(x, border, constant_values=-np.inf)
+        places = np.pad(np.arange(x.size).reshape(x.shape), border)
+        taps = list(window.taps(window.output(size)))
+        won = np.argmax([padded[(..., *tap)] for tap in taps], axis=0)
+        return np.take_along_axis(np.array([places[(..., *tap)] for tap in taps]), won[None], 0)[0]
 
     class Erf(OpRun):
         op_domain = ""

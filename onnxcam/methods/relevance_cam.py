@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 Array = Any
@@ -18,6 +19,8 @@ def combine(ops: Any, activation: Array, relevance: Array) -> Array:
     Returns:
         (T, N, *spatial).
     """
-    spatial = tuple(range(2 - activation.ndim, 0))
-    weights = ops.mean(relevance, spatial, keepdims=True)
-    return ops.sum(weights * activation, (1 - activation.ndim,))
+    n, c, *spatial = activation.shape
+    weights = ops.mean(relevance, tuple(range(-len(spatial), 0)))
+    # The sum over channels is a product of a row of weights with a matrix of cells.
+    cells = ops.matmul(ops.reshape(weights, (n, 1, c)), ops.shaped(activation, (n, c, prod(spatial))))
+    return ops.reshape(cells, (n, *spatial))

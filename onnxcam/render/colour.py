@@ -52,7 +52,8 @@ def normalise(heat: np.ndarray, kind: Kind = "auto", percentile: float = 100.0) 
     largest = max(abs(low), abs(high))
     if kind == "auto":
         kind = "signed" if low < -SIGNED_FROM * largest else "positive"
-    top = float(np.percentile(np.abs(heat), percentile)) or largest  # a map of mostly zeros keeps its few values
+    top = float(np.percentile(np.abs(heat), percentile)) if percentile < 100 else largest
+    top = top or largest  # a map of mostly zeros keeps its few values
     vmin, vmax = {
         "positive": (0.0, max(min(high, top), 0.0)),
         "signed": (-top, top),
