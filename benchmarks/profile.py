@@ -169,7 +169,7 @@ def main() -> None:
         layers = [model.spec.name if layer == "input" else layer for layer in args.layers or ["auto"]]
         method = args.method or ("lrp" if model.spec.name in layers else "relevance-cam")
         composite = epsilon_everywhere() if args.composite == "epsilon" else args.composite
-        proto = onnxcam.compile(model, layers, args.targets, method=method, composite=composite).proto
+        proto = onnxcam.compile(model, layers, slots=args.targets, method=method, composite=composite).proto
         feeds["targets"] = np.full((args.batch, args.targets), -1)
     print(report(profile(proto.SerializeToString(), feeds, args.runs, args.threads, args.level), args.top))
 

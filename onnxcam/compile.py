@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 OLDEST_OPSET = 17
 TARGETS = "targets"
 LOGITS = "logits"
+CLASSES = "classes"  # the classes explained, numbers where codes were given
 BALANCE = "balance"
 PREDICTED = -1  # as a target: the most likely class; -2 the second most likely, and so on
 
@@ -94,7 +95,7 @@ class Compiled:
     """An explanation as a model.
 
     Attributes:
-        proto: image in; `logits`, `targets` (the classes explained) and the maps out.
+        proto: image in; `logits`, `classes` (those explained) and the maps out.
         maps: layer name to the output that holds its map, (N, T, *spatial).
         notes: what a user should know, an opset that was raised, say.
     """
@@ -118,8 +119,9 @@ class Compiled:
 def compile(
     model: Model,
     layers: Sequence[str | int] = ("auto",),
-    targets: int | Sequence[Target] | None = None,
+    targets: Sequence[Target] | Target | None = None,
     *,
+    slots: int = 1,
     method: str | Method = "relevance-cam",
     composite: str | Composite | None = None,
     start: str | Start | None = None,
@@ -132,8 +134,9 @@ def compile(
     Args:
         model: from `onnxcam.load`.
         layers: what `--layer` accepts.
-        targets: classes fixed in the model (numbers, labels, "predicted"); or how many an input `targets`, int64
-            (N, T), gives, where -1 stands for the predicted class, -2 for the second; by default one.
+        targets: classes fixed in the model: numbers, labels, "predicted", "top3". Without any the model has an input
+            `targets`, int64 (N, slots), where -1 stands for the predicted class, -2 for the second.
+        slots: how many targets that input holds for each image.
         method, composite, start: as for `explain`.
         size: spatial size of the input, where the file leaves it open.
         upsample: bring every map to the input's size, bilinearly.
@@ -158,10 +161,10 @@ def compile(
     if reason := why_no_logits(canonical.graph, canonical.logits):
         raise ModelError(reason)
     fixed = None
-    if targets is not None and not isinstance(targets, int):
-        listed_targets = [targets] if isinstance(targets, str) else list(targets)
-        fixed = target_codes(listed_targets, _classes(canonical), model.labels)
-    count = len(fixed) if fixed else (targets if isinstance(targets, int) else 1)
+    if targets is not None:
+        listed_targets = [targets] if isinstance(targets, str | int | np.integer) else list(targets)
+        fixed = target_codes(listed_targets, classes_in(canonical), model.labels)
+    count = len(fixed) if fixed else slots
     if count < 1:
         raise UsageError(f"{count} targets is nothing to compile for: give 1 or more")
     made = record(
@@ -229,7 +232,7 @@ def record(
     tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
     flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=balances)
 
-    outputs = [_output(ops, logits, LOGITS), _output(ops, chosen, "chosen_targets" if fixed is None else TARGETS)]
+    outputs = [_output(ops, logits, LOGITS), _output(ops, chosen, CLASSES)]
     names: dict[str, str] = {}
     for name, layer in layers.items():
         if layer.tensor not in flow.relevance:
@@ -420,7 +423,7 @@ def _unique(name: str, taken: set[str]) -> str:
     return unique
 
 
-def _classes(canonical: Canonical) -> int:
+def classes_in(canonical: Canonical) -> int:
     """How many logits there are, as far as the graph tells."""
     shape = canonical.graph.shape(canonical.logits) or ()
     return int(np.prod([n for n in (shape[1:] if len(shape) > 1 else shape) if isinstance(n, int)]))

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from onnxcam.check import why_no_logits
+from onnxcam.compile import classes_in
 from onnxcam.composites import Composite, composite as find_composite
 from onnxcam.engines.array import array_ops
 from onnxcam.errors import ModelError, UsageError
@@ -17,7 +18,7 @@ from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.input_spec import static
 from onnxcam.layers import Layer, better_neighbour
 from onnxcam.methods import Method, method as find_method
-from onnxcam.model import Canonical, Model, as_batches
+from onnxcam.model import Model, as_batches
 from onnxcam.pictures import open_image
 from onnxcam.runners import ArrayRunner, Batch, Job, RecordedRunner, Runner
 from onnxcam.starts import Start, softmax, start as find_start
@@ -91,7 +92,7 @@ def explain(
     together = np.concatenate(arrays)
     rules = _boxed(rules, model, together)
     runner = _runner(model, size, found, chosen, rules, begin, engine, dtype, providers)
-    codes = target_codes(_listed(targets), _classes(canonical), model.labels)
+    codes = target_codes(_listed(targets), classes_in(canonical), model.labels)
 
     parts: list[Batch] = []
     done = 0
@@ -188,16 +189,6 @@ def _runner(
     if engine == "onnx":
         return RecordedRunner(job, providers, balances=rules.conserves)
     return ArrayRunner(job, array_ops(engine, dtype), dtype, providers)
-
-
-def _classes(canonical: Canonical) -> int:
-    """Number of logits; `why_no_logits` has seen that the model is a classifier."""
-    shape = canonical.graph.shape(canonical.logits) or ()
-    return max([n for n in shape[1:] if isinstance(n, int)], default=1) if len(shape) > 1 else max(1, *_known(shape))
-
-
-def _known(shape: Sequence[int | str | None]) -> list[int]:
-    return [n for n in shape if isinstance(n, int)]
 
 
 def _boxed(rules: Composite, model: Model, array: np.ndarray) -> Composite:

@@ -12,8 +12,9 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from onnxcam.errors import UsageError
@@ -246,15 +247,33 @@ def better_neighbour(layer: Layer, rows: Sequence[Layer]) -> Layer | None:
 
 
 class Names:
-    """What names mean in the user's file: `raw` is that file as a graph, before canonising, with every node named."""
+    """What names mean in the user's file.
 
-    def __init__(self, raw: Graph, paths: Mapping[str, str]):
-        self.raw, self.paths = raw, paths
-        self.nodes: dict[str, Node] = {node.name: node for node in raw.nodes}
-        self.tensors: set[str] = {name for node in raw.nodes for name in node.outputs if name} | set(raw.inputs)
-        self._of_type: dict[str, list[Node]] = defaultdict(list)
-        for node in raw.nodes:
-            self._of_type[node.op_type].append(node)
+    `raw` makes that file a graph, before canonising, with every node named; it is called when a name is first asked
+    for, as keywords and numbers do without. `paths` maps node names to module paths.
+    """
+
+    def __init__(self, raw: Callable[[], Graph], paths: Mapping[str, str]):
+        self._raw, self.paths = raw, paths
+
+    @cached_property
+    def raw(self) -> Graph:
+        return self._raw()
+
+    @cached_property
+    def nodes(self) -> dict[str, Node]:
+        return {node.name: node for node in self.raw.nodes}
+
+    @cached_property
+    def tensors(self) -> set[str]:
+        return {name for node in self.raw.nodes for name in node.outputs if name} | set(self.raw.inputs)
+
+    @cached_property
+    def _of_type(self) -> dict[str, list[Node]]:
+        found: dict[str, list[Node]] = defaultdict(list)
+        for node in self.raw.nodes:
+            found[node.op_type].append(node)
+        return found
 
     def node(self, text: str) -> Node | None:
         """The node of that name, or the N-th of its type for `OpType_N`."""

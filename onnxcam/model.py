@@ -83,13 +83,18 @@ class Model:
     @cached_property
     def names(self) -> Names:
         """What names mean in the file."""
+        named = onnx.GraphProto(node=self._read.proto.graph.node)
+        name_nodes(named)
+        metadata = [(n.name, {p.key: p.value for p in n.metadata_props}) for n in named.node]
+        return Names(self._raw, module_paths(metadata))
+
+    def _raw(self) -> Graph:
+        """The file as a graph, before canonising, with every node named."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self._read.proto)
         name_nodes(proto.graph)
         with G_LOGGER.suppress():
-            raw = Graph(gs.import_onnx(proto))
-        metadata = [(n.name, {p.key: p.value for p in n.metadata_props}) for n in proto.graph.node]
-        return Names(raw, module_paths(metadata))
+            return Graph(gs.import_onnx(proto))
 
     @property
     def size(self) -> Size:

@@ -61,21 +61,22 @@ def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
         ModelError: it is one, but broken, for training, or of an opset that is not supported.
     """
     if isinstance(source, onnx.ModelProto):
-        proto, path, sha256, name = source, None, _hash_proto(source), "the model"
+        proto, path, sha256, name, data = source, None, _hash_proto(source), "the model", None
     elif isinstance(source, bytes):
-        proto, path, sha256, name = _parse(source, "the model"), None, hashlib.sha256(source).hexdigest(), "the model"
+        proto, path, name, data = _parse(source, "the model"), None, "the model", source
+        sha256 = hashlib.sha256(source).hexdigest()
     else:
         path = Path(source)
         name = str(path)
         data = _bytes_of(path)
         sha256 = hashlib.sha256(data).hexdigest()
         proto = _parse(data, name)
-        del data
     _check_outline(proto, name)
     outside = any(external.uses_external_data(tensor) for tensor in _tensors(proto))
     if outside:
         _load_weights(proto, path, name)
-    _check(proto, path if outside else None, name)
+    _check(proto, path if outside else None, data, name)
+    del data
     if proto.functions:
         proto = _inlined(proto, name)
     return ReadModel(proto, path, sha256, {p.key: p.value for p in proto.metadata_props})
@@ -221,10 +222,13 @@ PACKED = frozenset(
 )
 
 
-def _check(proto: onnx.ModelProto, path: Path | None, name: str) -> None:
-    """Let the ONNX checker look at the model, and ONNX Runtime where the checker objects."""
+def _check(proto: onnx.ModelProto, path: Path | None, data: bytes | None, name: str) -> None:
+    """Let the ONNX checker look at the model, and ONNX Runtime where the checker objects.
+
+    `path` is given where weights lie beside the file, `data` where the proto was parsed from bytes.
+    """
     try:
-        onnx.checker.check_model(proto if path is None else str(path))
+        onnx.checker.check_model(str(path) if path is not None else data or proto)
     except Exception as error:  # ValidationError, but also UnicodeDecodeError, DecodeError, RuntimeError, ...
         try:
             _load_with_runtime(proto, path)

@@ -123,7 +123,7 @@ class RecordedRunner:
         targets = np.tile(np.array(codes, np.int64), (len(array), 1))
         out = session.run({job.input: array, "targets": targets})
         logits = finite(out["logits"], f"logits ({job.canonical.logits!r})")
-        classes = out["targets"]
+        classes = out["classes"]
         relevance = job.start(logits, classes)
         nodes = []
         if balanced:
@@ -145,7 +145,7 @@ class RecordedRunner:
             )  # fmt: skip
             names = [o.name for o in made.proto.graph.output]
             meant = {output: name for name, output in made.maps.items()}
-            taps = ["logits", "targets", *(meant.get(name, name) for name in names[2:])]
+            taps = ["logits", "classes", *(meant.get(name, name) for name in names[2:])]
             # The rules are kept with the session so that their identity cannot be taken by others.
             cache[key] = (RuntimeSession(made.proto, taps, self.providers), list(made.maps), made.balanced, job.rules)
             self.notes += [note for note in made.notes if note not in self.notes]

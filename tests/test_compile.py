@@ -115,7 +115,7 @@ def test_the_shipped_model_compiles_and_gives_the_maps_of_explain(shipped_model:
     x = model.preprocess.apply(Image.open(chelsea), model.spec).array
     compiled = onnxcam.compile(model, ["auto", "suggested"])
     out = run(compiled.proto, x, [-1])
-    assert int(out["logits"].argmax()) == int(out["chosen_targets"][0, 0]) == 282  # tiger cat
+    assert int(out["logits"].argmax()) == int(out["classes"][0, 0]) == 282  # tiger cat
     ours = {layer: out[name] for layer, name in compiled.maps.items()}
     agree(ours, model.explain(x, ["auto", "suggested"], engine="numpy", dtype="float64").maps, DEEP)
 
@@ -132,10 +132,10 @@ def test_logits_are_those_of_the_users_file(net: onnx.ModelProto) -> None:
 
 def test_the_input_targets_asks_for_classes_and_minus_one_is_the_predicted_one() -> None:
     model, x = load(resnet()), images(3)
-    compiled = onnxcam.compile(model, targets=2)
+    compiled = onnxcam.compile(model, slots=2)
     predicted = run(resnet(), x)["y"].argmax(1)
     out = run(compiled.proto, x, [[3, -1]])
-    np.testing.assert_array_equal(out["chosen_targets"], np.stack([np.full(3, 3), predicted], axis=1))
+    np.testing.assert_array_equal(out["classes"], np.stack([np.full(3, 3), predicted], axis=1))
     agree(
         maps(compiled, x, [[3, -1]]), model.explain(x, targets=[3, "predicted"], engine="numpy", dtype="float64").maps
     )
@@ -154,7 +154,7 @@ def test_three_targets_at_once_are_three_targets_one_by_one(net: onnx.ModelProto
     """Oracle: the same compiler for one target. What is shared among targets is the same; the rest is computed in
     another order, hence 1e-5."""
     model, x = load(net), images(2)
-    one, three = onnxcam.compile(model), onnxcam.compile(model, targets=3)
+    one, three = onnxcam.compile(model), onnxcam.compile(model, slots=3)
     single = [maps(one, x, [t])["auto"] for t in (4, 0, 2)]
     agree(maps(three, x, [4, 0, 2]), {"auto": np.concatenate(single, axis=1)})
 
@@ -166,12 +166,12 @@ def test_targets_can_be_fixed_in_the_file() -> None:
     assert [i.name for i in compiled.proto.graph.input] == ["x"]
     out = run(compiled.proto, x)
     best = np.argsort(-run(resnet(), x)["y"], axis=1)[:, :2]
-    np.testing.assert_array_equal(out["targets"], np.concatenate([np.tile([2, 0], (2, 1)), best], axis=1))
+    np.testing.assert_array_equal(out["classes"], np.concatenate([np.tile([2, 0], (2, 1)), best], axis=1))
     for i in range(2):
-        exact = model.explain(x[i : i + 1], targets=out["targets"][i].tolist(), engine="numpy", dtype="float64").maps[
+        exact = model.explain(x[i : i + 1], targets=out["classes"][i].tolist(), engine="numpy", dtype="float64").maps[
             "auto"
         ]
-        for t, target in enumerate(out["targets"][i]):
+        for t, target in enumerate(out["classes"][i]):
             exact = model.explain(x[i : i + 1], targets=int(target), engine="numpy", dtype="float64").maps["auto"]
             agree({"auto": out[compiled.maps["auto"]][i : i + 1, t : t + 1]}, {"auto": exact})
 
@@ -183,11 +183,11 @@ def test_a_single_logit_speaks_for_two_classes() -> None:
             array = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array[..., :1]), tensor.name))
     model, x = load(net), images(4)
-    compiled = onnxcam.compile(model, targets=2)
+    compiled = onnxcam.compile(model, slots=2)
     out = run(compiled.proto, x, [[-1, 0]])
     assert out["logits"].shape == (4, 1)
-    np.testing.assert_array_equal(out["chosen_targets"][:, 0], (out["logits"][:, 0] > 0).astype(int))
-    for i, target in enumerate(out["chosen_targets"][:, 0]):
+    np.testing.assert_array_equal(out["classes"][:, 0], (out["logits"][:, 0] > 0).astype(int))
+    for i, target in enumerate(out["classes"][:, 0]):
         exact = model.explain(x[i : i + 1], targets=int(target), engine="numpy", dtype="float64").maps
         agree({"auto": out[compiled.maps["auto"]][i : i + 1, :1]}, exact)
 
@@ -206,7 +206,7 @@ def test_a_fixed_batch_stays_fixed() -> None:
     net = classifier("c0 = Conv(x, w8x3x3_0) r0 = Relu(c0)", "r0#8", "(float[2,3,16,16] x) => (float[2,5] y)")
     compiled = onnxcam.compile(load(net))
     assert {v.name: _dims(v)[0] for v in (*compiled.proto.graph.input, *compiled.proto.graph.output)} == {
-        "x": 2, "targets": 2, "logits": 2, "chosen_targets": 2, compiled.maps["auto"]: 2,
+        "x": 2, "targets": 2, "logits": 2, "classes": 2, compiled.maps["auto"]: 2,
     }  # fmt: skip
     agree(maps(compiled, images(2), [-1]), load(net).explain(images(2), engine="numpy", dtype="float64").maps)
 
@@ -238,8 +238,8 @@ def test_upsampled_maps_are_bilinear_with_pixel_centres_aligned(size: tuple[int,
     """Oracle: Pillow's bilinear filter, which for enlarging is just that, in float32. ONNX Runtime rounds the weights
     of the four neighbours to float32 at another place: 1e-5."""
     model, x = load(_open_size()), images(2, 3, *size)
-    plain = maps(onnxcam.compile(model, ["suggested"], 2, size=size), x, [-1, 0])
-    large = maps(onnxcam.compile(model, ["suggested"], 2, size=size, upsample=True), x, [-1, 0])
+    plain = maps(onnxcam.compile(model, ["suggested"], slots=2, size=size), x, [-1, 0])
+    large = maps(onnxcam.compile(model, ["suggested"], slots=2, size=size, upsample=True), x, [-1, 0])
     for layer, map_ in plain.items():
         pictures = [
             Image.fromarray(m).resize(size[::-1], Image.Resampling.BILINEAR) for m in map_.reshape(-1, *map_.shape[2:])
@@ -249,8 +249,8 @@ def test_upsampled_maps_are_bilinear_with_pixel_centres_aligned(size: tuple[int,
 
 def test_normalised_maps_run_from_zero_to_one(net: onnx.ModelProto) -> None:
     x = images(2)
-    plain = maps(onnxcam.compile(load(net), ["suggested"], 2), x, [-1, 0])
-    ours = maps(onnxcam.compile(load(net), ["suggested"], 2, normalise=True), x, [-1, 0])
+    plain = maps(onnxcam.compile(load(net), ["suggested"], slots=2), x, [-1, 0])
+    ours = maps(onnxcam.compile(load(net), ["suggested"], slots=2, normalise=True), x, [-1, 0])
     low = {layer: m.min((2, 3), keepdims=True) for layer, m in plain.items()}
     span = {layer: m.max((2, 3), keepdims=True) - low[layer] for layer, m in plain.items()}
     # What is lost where a map is nearly constant is its own largest value, not 1.
@@ -271,14 +271,14 @@ def test_a_constant_map_is_normalised_to_zeros() -> None:
 
 
 def test_a_compiled_model_passes_the_checker_with_full_shape_inference(net: onnx.ModelProto) -> None:
-    for options in ({}, {"targets": 3}, {"targets": ["top2", 0]}, {"upsample": True, "normalise": True}):
+    for options in ({}, {"slots": 3}, {"targets": ["top2", 0]}, {"upsample": True, "normalise": True}):
         proto = onnxcam.compile(load(net), ["suggested"], **options).proto
         onnx.checker.check_model(proto, full_check=True)
         assert {n.domain for n in proto.graph.node} <= {"", "ai.onnx"}
 
 
 def test_outputs_have_the_shapes_that_are_declared(net: onnx.ModelProto) -> None:
-    compiled = onnxcam.compile(load(net), ["suggested"], 2)
+    compiled = onnxcam.compile(load(net), ["suggested"], slots=2)
     out = run(compiled.proto, images(2), [-1, 0])
     declared = {v.name: tuple(2 if d == "N" else d for d in _dims(v)) for v in compiled.proto.graph.output}
     assert declared == {name: value.shape for name, value in out.items()}
@@ -303,7 +303,7 @@ def test_metadata_says_what_the_file_explains_and_how() -> None:
 def test_a_compiled_file_survives_saving_and_loading_twice_in_a_fresh_process(tmp_path: Path) -> None:
     """Bit for bit: the same runtime on the same file, and on the file as the onnx package writes it again."""
     x = images(2)
-    compiled = onnxcam.compile(load(unet()), ["suggested"], 2)
+    compiled = onnxcam.compile(load(unet()), ["suggested"], slots=2)
     compiled.save(tmp_path / "first.onnx")
     np.save(tmp_path / "x.npy", x)
     script = """
@@ -336,7 +336,7 @@ def test_only_small_constants_are_added(net: onnx.ModelProto) -> None:
         return sum(t.ByteSize() for t in proto.graph.initializer)
 
     # Axes, sizes and class numbers; in a small network they weigh more than 2 %.
-    assert bytes_in(onnxcam.compile(load(net), ["suggested"], 3).proto) < bytes_in(net) + 4096
+    assert bytes_in(onnxcam.compile(load(net), ["suggested"], slots=3).proto) < bytes_in(net) + 4096
 
 
 @pytest.mark.parametrize("opset", [9, 13, 16, "newest"])
@@ -465,7 +465,7 @@ def _foreign() -> onnx.ModelProto:
     ("options", "error", "says"),
     [
         ({"layers": ["nowhere"]}, UsageError, "nowhere"),
-        ({"targets": 0}, UsageError, "0 targets"),
+        ({"slots": 0}, UsageError, "0 targets"),
         ({"targets": []}, UsageError, "no target to explain"),
         ({"targets": [5]}, UsageError, "classes run from 0 to 4"),
         ({"targets": ["top9"]}, UsageError, "5 classes"),

@@ -1,7 +1,9 @@
 """Every rule against explicit matrices: the oracle knows neither convolutions nor adjoints (oracles/matrices.py).
 
 Tolerance 1e-10 relative to the largest relevance: both sides compute in float64, and no denominator of these random
-maps is closer to zero than about 1e-4 of its terms, so rounding stays below 1e-11.
+maps is closer to zero than about 1e-4 of its terms, so rounding stays below 1e-11. Both engines are held to it: what
+the recorder records is computed in float64 too. What ONNX Runtime makes of it in float32 is compared with the array
+engine apart, to 1e-5.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from oracles import matrices
 from oracles.matrices import Matrix
-from walking import as_written, everywhere, network, relative
+from walking import ENGINES, RecordedWalk, as_written, carry, everywhere, network, relative
 
 from onnxcam.composites import KINDS, Composite
 from onnxcam.engines.array import ArrayOps
@@ -186,12 +188,19 @@ def matrix(name: str) -> Matrix:
     return MAPS[name].matrix()
 
 
-def ours(model: onnx.ModelProto, x: np.ndarray, r: np.ndarray, composite: Composite) -> np.ndarray:
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def ours(
+    model: onnx.ModelProto, x: np.ndarray, r: np.ndarray, composite: Composite, engine: str = "numpy"
+) -> np.ndarray:
     """Relevance at `x` for relevance `r` at `y`: onnxcam's walk in float64."""
     graph = as_written(model)
     taps = needed_taps(graph, ["x"], "y")
     values = RuntimeSession(expose(graph, taps), taps).run({"x": x.astype(np.float32)})
-    return propagate(graph, values, {"y": r}, ["x"], composite, OPS).relevance["x"]
+    return carry(engine, graph, values, {"y": r}, ["x"], composite).relevance["x"]
 
 
 def theirs(m: Matrix, share: Callable[[Matrix, np.ndarray], np.ndarray], x: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -231,9 +240,11 @@ def setting(name: str, sign: str) -> Setting:
     return Setting(graph, values, x.reshape(node.images, -1).astype(np.float64), r)
 
 
-def assert_agrees(name: str, rule: Any, share: Callable[[Matrix, np.ndarray], np.ndarray], sign: str) -> None:
+def assert_agrees(
+    name: str, rule: Any, share: Callable[[Matrix, np.ndarray], np.ndarray], sign: str, engine: str
+) -> None:
     s = setting(name, sign)
-    got = propagate(s.graph, s.values, {"y": s.r}, ["x"], everywhere(rule), OPS).relevance["x"]
+    got = carry(engine, s.graph, s.values, {"y": s.r}, ["x"], everywhere(rule)).relevance["x"]
     assert got.shape == (3, *MAPS[name].shape)
     want = theirs(matrix(name), share, s.x, s.r.reshape(3, len(s.x), -1))
     assert relative(got.reshape(want.shape), want) <= TOLERANCE
@@ -271,19 +282,31 @@ for _bias in POLICIES:
 @pytest.mark.parametrize("sign", ["non-negative", "mixed"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MAPS)
-def test_a_rule_shares_as_its_matrix_says(name: str, rule: str, sign: str) -> None:
-    assert_agrees(name, *RULES[rule], sign)
+def test_a_rule_shares_as_its_matrix_says(name: str, rule: str, sign: str, engine: str) -> None:
+    assert_agrees(name, *RULES[rule], sign, engine)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if "absorb" in r or "bias" not in r])
+@pytest.mark.parametrize("name", MAPS)
+def test_a_recorded_rule_gives_in_onnx_runtime_what_the_array_engine_gives(name: str, rule: str) -> None:
+    """Float32 against float64, one target and three: 1e-5 of the largest relevance where no denominator mixes signs;
+    where one does it cancels down to 1e-2 of its terms or so, and 1e-3 is asked."""
+    s, composite = setting(name, "mixed"), everywhere(RULES[rule][0])
+    for r in (s.r[:1], s.r):
+        want = propagate(s.graph, s.values, {"y": r}, ["x"], composite, OPS).relevance["x"]
+        got = RecordedWalk(s.graph, {"y": r.shape}, ["x"], composite, "float32")(s.values, {"y": r}).relevance["x"]
+        assert relative(got, want) <= (1e-3 if rule == "LRP-0" else 1e-5)
 
 
 @pytest.mark.parametrize("bias", POLICIES)
-def test_the_stabiliser_of_w_square_and_flat_is_that_of_their_matrices(bias: str) -> None:
+def test_the_stabiliser_of_w_square_and_flat_is_that_of_their_matrices(bias: str, engine: str) -> None:
     """Apart from the table above, where an average has coefficients and no weights to square."""
     name = "Conv 2-D, two groups, dilation 2 and 1"
-    assert_agrees(name, WSquare(bias, 0.1), lambda m, x: matrices.w_square(m, x, 0.1, bias), "mixed")
-    assert_agrees(name, Flat(bias, 0.1), lambda m, x: matrices.flat(m, x, 0.1, bias), "mixed")
+    assert_agrees(name, WSquare(bias, 0.1), lambda m, x: matrices.w_square(m, x, 0.1, bias), "mixed", engine)
+    assert_agrees(name, Flat(bias, 0.1), lambda m, x: matrices.flat(m, x, 0.1, bias), "mixed", engine)
 
 
-def test_z_box_takes_bounds_for_every_channel_and_pixel() -> None:
+def test_z_box_takes_bounds_for_every_channel_and_pixel(engine: str) -> None:
     node = MAPS["Conv 3-D"]
     low, high = -2 - np.abs(draw(2, 1, 1, 1, seed=5)), 2 + np.abs(draw(2, 3, 3, 3, seed=6))
     low_all, high_all = (np.broadcast_to(v, node.shape[1:]).ravel().astype(np.float64) for v in (low, high))
@@ -292,6 +315,7 @@ def test_z_box_takes_bounds_for_every_channel_and_pixel() -> None:
         ZBox(low, high, eps=0.0),
         lambda m, x: matrices.z_box(m, x, low_all, high_all, 0.0),
         "mixed",
+        engine,
     )
 
 
@@ -314,9 +338,10 @@ def test_any_convolution_shares_as_its_matrix_says(data: st.DataObject) -> None:
     m, x = node.matrix(), draw(*node.shape, seed=2)
     shape = output_shape(node.model(node.shape), x)
     r = np.random.default_rng(3).standard_normal((1, 1, len(m.b)))
-    got = ours(node.model(node.shape), x, r.reshape(1, *shape), everywhere(Gamma(0.5)))
     want = theirs(m, lambda m, x: matrices.gamma(m, x, 0.5, 1e-6, "absorb"), x.reshape(1, -1).astype(np.float64), r)
-    assert np.abs(got.ravel() - want.ravel()).max() <= TOLERANCE * max(1.0, np.abs(want).max())
+    for engine in ENGINES:
+        got = ours(node.model(node.shape), x, r.reshape(1, *shape), everywhere(Gamma(0.5)), engine)
+        assert np.abs(got.ravel() - want.ravel()).max() <= TOLERANCE * max(1.0, np.abs(want).max()), engine
 
 
 # -- what holds for every rule -----------------------------------------------------------------------------------
@@ -334,32 +359,35 @@ CONV = "Conv 2-D, two groups, dilation 2 and 1"
 
 
 @pytest.mark.parametrize("rule", EACH)
-def test_a_rule_is_linear_in_relevance(rule: str) -> None:
+def test_a_rule_is_linear_in_relevance(rule: str, engine: str) -> None:
     """Oracle: the definition of linearity; tolerance: rounding of float64."""
     node, composite = MAPS[CONV], everywhere(EACH[rule])
     model, x = node.model(node.shape), inputs(node.shape, "mixed")
     a, b = np.random.default_rng(4).standard_normal((2, 1, *output_shape(model, x)))
-    together = ours(model, x, 2 * a - 3 * b, composite)
-    assert relative(together, 2 * ours(model, x, a, composite) - 3 * ours(model, x, b, composite)) <= TOLERANCE
+    together = ours(model, x, 2 * a - 3 * b, composite, engine)
+    assert (
+        relative(together, 2 * ours(model, x, a, composite, engine) - 3 * ours(model, x, b, composite, engine))
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("rule", EACH)
-def test_several_targets_get_what_each_gets_alone(rule: str) -> None:
+def test_several_targets_get_what_each_gets_alone(rule: str, engine: str) -> None:
     """Oracle: one call for each target. They may differ by the order of a sum, hence 1e-13."""
     node, composite = MAPS[CONV], everywhere(EACH[rule])
     model, x = node.model(node.shape), inputs(node.shape, "mixed")
     r = np.random.default_rng(4).standard_normal((3, *output_shape(model, x)))
-    alone = np.concatenate([ours(model, x, one[None], composite) for one in r])
-    assert relative(ours(model, x, r, composite), alone) <= 1e-13
+    alone = np.concatenate([ours(model, x, one[None], composite, engine) for one in r])
+    assert relative(ours(model, x, r, composite, engine), alone) <= 1e-13
 
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("rule", EACH)
-def test_an_input_of_zeros_gives_finite_relevance(name: str, rule: str) -> None:
+def test_an_input_of_zeros_gives_finite_relevance(name: str, rule: str, engine: str) -> None:
     """Every denominator made of contributions is zero here. Rules that look at the input give it nothing."""
     node = MAPS[name]
     model, x = node.model(node.shape), np.zeros(node.shape, np.float32)
-    got = ours(model, x, np.ones((1, *output_shape(model, x))), everywhere(EACH[rule]))
+    got = ours(model, x, np.ones((1, *output_shape(model, x))), everywhere(EACH[rule]), engine)
     assert np.isfinite(got).all()
     if rule in ("epsilon", "z-plus", "alpha-beta", "gamma"):
         assert not got.any()
@@ -377,20 +405,20 @@ def test_a_constant_input_of_any_size_gives_finite_relevance(scale: float, dtype
     assert np.abs(got.relevance["x"]).max() <= 2
 
 
-def test_z_plus_drops_what_no_positive_contribution_can_take() -> None:
+def test_z_plus_drops_what_no_positive_contribution_can_take(engine: str) -> None:
     """Output 0 sees positive contributions and hands all down; output 1 sees only negative ones and hands down none."""
     model = network("(float[1,2] x) => (float y) { y = Gemm<transB=1>(x, w) }", w=np.float32([[1, 3], [-1, -2]]))
-    got = ours(model, np.ones((1, 2)), np.array([[[8.0, 5.0]]]), everywhere(ZPlus()))
+    got = ours(model, np.ones((1, 2)), np.array([[[8.0, 5.0]]]), everywhere(ZPlus()), engine)
     np.testing.assert_array_equal(got, [[[2.0, 6.0]]])
 
 
-def test_flat_counts_weights_of_zero_as_wired() -> None:
+def test_flat_counts_weights_of_zero_as_wired(engine: str) -> None:
     model = network("(float[1,3] x) => (float y) { y = Gemm<transB=1>(x, w) }", w=np.float32([[0, 2, -1]]))
-    got = ours(model, np.zeros((1, 3)), np.array([[[3.0]]]), everywhere(Flat()))
+    got = ours(model, np.zeros((1, 3)), np.array([[[3.0]]]), everywhere(Flat()), engine)
     np.testing.assert_allclose(got, [[[1.0, 1.0, 1.0]]], rtol=1e-15)
 
 
-def test_a_constant_that_repeats_the_output_is_no_bias() -> None:
+def test_a_constant_that_repeats_the_output_is_no_bias(engine: str) -> None:
     """A position embedding over one token, say: the sum has four tokens, the linear map has one."""
     model = network(
         "(float[2,1,3] x) => (float y) { h = MatMul(x, w) y = Add(h, p) }", w=draw(3, 2), p=draw(1, 4, 2, seed=1)
@@ -399,18 +427,18 @@ def test_a_constant_that_repeats_the_output_is_no_bias() -> None:
     x = draw(2, 1, 3, seed=2)
     alone = network("(float[2,1,3] x) => (float y) { y = MatMul(x, w) }", w=draw(3, 2))
     for rule in (Epsilon(0.1), ZPlus("full"), Gamma()):
-        want = ours(alone, x, r.sum(2, keepdims=True), everywhere(rule))
-        assert relative(ours(model, x, r, everywhere(rule)), want) <= TOLERANCE
+        want = ours(alone, x, r.sum(2, keepdims=True), everywhere(rule), engine)
+        assert relative(ours(model, x, r, everywhere(rule), engine), want) <= TOLERANCE
 
 
-def test_a_negative_alpha_of_gemm_turns_the_signs_of_the_weight() -> None:
+def test_a_negative_alpha_of_gemm_turns_the_signs_of_the_weight(engine: str) -> None:
     """Oracle: the same map with the factor in the weight, by the matrix of z-plus."""
     w = draw(5, 7)
     node = Map("y = Gemm<transB=1, alpha=-0.5>(x, w)", (2, 7), {"w": w})
     x, r = inputs(node.shape, "mixed"), np.random.default_rng(3).standard_normal((1, 2, 5))
     m = Matrix(-0.5 * w.astype(np.float64), np.zeros(5), w != 0, biased=False)
     want = theirs(m, lambda m, x: matrices.z_plus(m, x, 0.0, "ignore"), x.astype(np.float64), r)
-    assert relative(ours(node.model(node.shape), x, r, everywhere(ZPlus())), want) <= TOLERANCE
+    assert relative(ours(node.model(node.shape), x, r, everywhere(ZPlus()), engine), want) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 2.0), (0.5, -0.5), (1.0, 1e-3)])
@@ -432,20 +460,21 @@ def table(**rules: Any) -> Composite:
     return Composite("test", {kind: Vjp() for kind in KINDS} | rules)
 
 
-def at_node(body: str, rule: Any, r: np.ndarray, **operands: np.ndarray) -> dict[str, np.ndarray]:
+def at_node(engine: str, body: str, rule: Any, r: np.ndarray, **operands: np.ndarray) -> dict[str, np.ndarray]:
     """Relevance of the operands of one node that all are inputs of the graph."""
     declared = ", ".join(f"float[{','.join(map(str, v.shape))}] {k}" for k, v in operands.items())
     graph = as_written(network(f"({declared}) => (float y) {{ {body} }}"))
     taps = needed_taps(graph, list(operands), "y")
     values = ReferenceSession(expose(graph, taps), taps).run(operands)
-    return propagate(graph, values, {"y": r}, list(operands), table(additive=rule, product=rule), OPS).relevance
+    values |= operands
+    return carry(engine, graph, values, {"y": r}, list(operands), table(additive=rule, product=rule)).relevance
 
 
-def test_a_sum_shares_in_proportion_to_signed_summands() -> None:
+def test_a_sum_shares_in_proportion_to_signed_summands(engine: str) -> None:
     """Oracle: R_a = R a / (a + b), summed over what was broadcast."""
     a, b = draw(2, 3, 4, 4, seed=1), draw(2, 3, 1, 1, seed=2)
     r = np.random.default_rng(3).standard_normal((2, 2, 3, 4, 4))
-    got = at_node("y = Add(a, b)", Proportional(), r, a=a, b=b)
+    got = at_node(engine, "y = Add(a, b)", Proportional(), r, a=a, b=b)
     s = r / (a.astype(np.float64) + b)
     assert relative(got["a"], a * s) <= TOLERANCE
     assert relative(got["b"], (b * s).sum((3, 4), keepdims=True)) <= TOLERANCE
@@ -455,60 +484,60 @@ def test_a_sum_shares_in_proportion_to_signed_summands() -> None:
     ("body", "signs"),
     [("y = Sub(a, b)", (1, -1, 0)), ("y = Sum(a, b, c)", (1, 1, 1)), ("y = Mean(a, b, c)", (1 / 3, 1 / 3, 1 / 3))],
 )
-def test_differences_sums_and_means_share_like_sums(body: str, signs: tuple[float, ...]) -> None:
+def test_differences_sums_and_means_share_like_sums(body: str, signs: tuple[float, ...], engine: str) -> None:
     operands = {k: draw(2, 5, seed=i) for i, k in enumerate("abc"[: 2 + (signs[2] != 0)])}
     r = np.random.default_rng(3).standard_normal((1, 2, 5))
-    got = at_node(body, Proportional(eps=0.01), r, **operands)
+    got = at_node(engine, body, Proportional(eps=0.01), r, **operands)
     terms = [c * v.astype(np.float64) for c, v in zip(signs, operands.values(), strict=False)]
     total = sum(terms)
     for name, term in zip(operands, terms, strict=True):
         assert relative(got[name], term * r / (total + np.where(total < 0, -0.01, 0.01))) <= TOLERANCE
 
 
-def test_where_summands_cancel_the_guard_shares_evenly_and_loses_nothing() -> None:
+def test_where_summands_cancel_the_guard_shares_evenly_and_loses_nothing(engine: str) -> None:
     """Four cells: plain, cancelling to within the guard, cancelling exactly, and nothing there at all."""
     a, b = np.array([[3.0, 1.0, 2.0, 0.0]]), np.array([[1.0, -1.0 + 2**-22, -2.0, 0.0]])
-    got = at_node("y = Add(a, b)", Proportional(guard=1e-6), np.full((1, 1, 4), 4.0), a=a, b=b)
+    got = at_node(engine, "y = Add(a, b)", Proportional(guard=1e-6), np.full((1, 1, 4), 4.0), a=a, b=b)
     np.testing.assert_allclose(got["a"], [[[3.0, 2.0, 2.0, 2.0]]], rtol=1e-6)
     np.testing.assert_allclose(got["b"], [[[1.0, 2.0, 2.0, 2.0]]], rtol=1e-6)
 
 
-def test_a_constant_summand_takes_nothing() -> None:
+def test_a_constant_summand_takes_nothing(engine: str) -> None:
     graph = as_written(network("(float[2,3] a) => (float y) { y = Add(k, a) }", k=np.float32([[5.0], [-5.0]])))
     values = {"a": draw(2, 3), "y": draw(2, 3)}
     for rule in (Proportional(), Proportional(1e-6), Proportional(guard=1e-6)):
-        got = propagate(graph, values, {"y": np.ones((1, 2, 3))}, ["a"], table(additive=rule), OPS)
+        got = carry(engine, graph, values, {"y": np.ones((1, 2, 3))}, ["a"], table(additive=rule))
         np.testing.assert_array_equal(got.relevance["a"], np.ones((1, 2, 3)))
 
 
-def test_the_signal_of_a_product_takes_all_and_its_gate_nothing() -> None:
+def test_the_signal_of_a_product_takes_all_and_its_gate_nothing(engine: str) -> None:
     """A squeeze-and-excitation gate: (N, C, 1, 1) against (N, C, H, W), in either slot."""
     r = np.random.default_rng(3).standard_normal((2, 2, 3, 4, 4))
     for body in ("y = Mul(a, b)", "y = Mul(b, a)"):
-        got = at_node(body, SignalTakesAll(), r, a=draw(2, 3, 4, 4), b=draw(2, 3, 1, 1))
+        got = at_node(engine, body, SignalTakesAll(), r, a=draw(2, 3, 4, 4), b=draw(2, 3, 1, 1))
         assert list(got) == ["a"]
         np.testing.assert_array_equal(got["a"], r)
 
 
-def test_swish_written_as_a_product_passes_relevance_to_its_input_once() -> None:
+def test_swish_written_as_a_product_passes_relevance_to_its_input_once(engine: str) -> None:
     r = np.random.default_rng(3).standard_normal((1, 2, 5))
-    got = at_node("s = Sigmoid(a) y = Mul(a, s)", SignalTakesAll(), r, a=draw(2, 5))
+    got = at_node(engine, "s = Sigmoid(a) y = Mul(a, s)", SignalTakesAll(), r, a=draw(2, 5))
     np.testing.assert_array_equal(got["a"], r)
 
 
-def test_two_equal_signals_get_half_each_and_a_square_gets_all() -> None:
+def test_two_equal_signals_get_half_each_and_a_square_gets_all(engine: str) -> None:
     r = np.random.default_rng(3).standard_normal((1, 2, 5))
-    got = at_node("y = Mul(a, b)", SignalTakesAll(), r, a=draw(2, 5), b=draw(2, 5, seed=1))
+    got = at_node(engine, "y = Mul(a, b)", SignalTakesAll(), r, a=draw(2, 5), b=draw(2, 5, seed=1))
     np.testing.assert_array_equal(got["a"], r / 2)
     np.testing.assert_array_equal(got["b"], r / 2)
-    np.testing.assert_array_equal(at_node("y = Mul(a, a)", SignalTakesAll(), r, a=draw(2, 5))["a"], r)
+    np.testing.assert_array_equal(at_node(engine, "y = Mul(a, a)", SignalTakesAll(), r, a=draw(2, 5))["a"], r)
 
 
-def test_a_product_of_two_matrices_gives_each_half_of_its_epsilon_share() -> None:
+def test_a_product_of_two_matrices_gives_each_half_of_its_epsilon_share(engine: str) -> None:
     """Oracle: AttnLRP, Prop. 3.3, entry by entry: O = A B, R_A = A (R / 2O) B^T."""
     a, b = draw(2, 3, 4, seed=1), draw(2, 4, 5, seed=2)
     r = np.random.default_rng(3).standard_normal((1, 2, 3, 5))
-    got = at_node("y = MatMul(a, b)", SignalTakesAll(), r, a=a, b=b)
+    got = at_node(engine, "y = MatMul(a, b)", SignalTakesAll(), r, a=a, b=b)
     c = np.einsum("nik,nkj->nijk", a.astype(np.float64), b)
     o = c.sum(-1)
     share = 0.5 * c * (r[0] / (o + np.where(o < 0, -1e-9, 1e-9)))[..., None]
@@ -516,9 +545,9 @@ def test_a_product_of_two_matrices_gives_each_half_of_its_epsilon_share() -> Non
     assert relative(got["b"][0], share.sum(1).swapaxes(1, 2)) <= TOLERANCE
 
 
-def test_pass_leaves_relevance_where_it_is_and_sums_it_over_what_was_broadcast() -> None:
+def test_pass_leaves_relevance_where_it_is_and_sums_it_over_what_was_broadcast(engine: str) -> None:
     r = np.random.default_rng(3).standard_normal((2, 2, 3, 4))
     graph = as_written(network("(float[2,3,1] a) => (float y) { y = Mul(a, k) }", k=np.float32([2.0, 3.0, 4.0, 5.0])))
     values = {"a": draw(2, 3, 1), "y": draw(2, 3, 1) * np.float32([2.0, 3.0, 4.0, 5.0])}
-    flow = propagate(graph, values, {"y": r}, ["a"], table(activation=Pass()), OPS)
+    flow = carry(engine, graph, values, {"y": r}, ["a"], table(activation=Pass()))
     np.testing.assert_allclose(flow.relevance["a"], r.sum(3, keepdims=True), rtol=1e-14)

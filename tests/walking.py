@@ -83,7 +83,7 @@ class ExactOps(RecorderOps):
     """The recorder with its numbers unrounded, for a graph that the reference evaluator runs in float64."""
 
     def _lift(self, value: Any) -> Symbol:
-        if isinstance(value, Symbol) or np.asarray(value, np.float32) == np.asarray(value):
+        if isinstance(value, Symbol) or np.array_equal(np.asarray(value, np.float32), value):
             return super()._lift(value)
         array = np.asarray(value, np.float64)
         return Symbol(self, self.constant(array), array.shape, positive=bool((array >= 0).all()))

@@ -32,7 +32,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )  # fmt: skip
     which = p.add_mutually_exclusive_group()
     which.add_argument(
-        "--targets", metavar="N", type=_count, default=1,
+        "--targets", metavar="N", type=_count, default=1, dest="slots",
         help="how many classes an image its input `targets` asks for (default: 1); -1 there is the predicted class",
     )  # fmt: skip
     which.add_argument(
@@ -59,7 +59,8 @@ def run_compile(arguments: argparse.Namespace) -> int:
     compiled = compile(
         model,
         arguments.layers or ["auto"],
-        arguments.fixed or arguments.targets,
+        arguments.fixed,
+        slots=arguments.slots,
         method=arguments.method,
         composite=arguments.composite,
         start=arguments.start,

@@ -64,6 +64,7 @@ def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
 def _replacements() -> list[Any]:
     """Ops of the reference evaluator that loop in Python, round to float32 or go wrong, on the array engine instead."""
     from onnx.reference.op_run import OpRun
+    from onnx.reference.ops.op_conv_transpose import ConvTranspose as ReferenceConvTranspose
     from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
     from onnxcam.engines.array import ArrayOps
@@ -80,6 +81,28 @@ def _replacements() -> list[Any]:
         ):
             window = resolve_conv(X.shape[2:], W.shape[2:], auto_pad or "NOTSET", dilations, pads, strides)
             y = ops.conv(X, W, window, group or 1)
+            return (y if B is None else y + B.reshape(-1, *(1,) * window.rank),)
+
+    class ConvTranspose(ReferenceConvTranspose):
+        """The evaluator's own fails on groups (onnx 1.23)."""
+
+        op_domain = ""
+
+        def _run(  # type: ignore[no-untyped-def, override]
+            self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, output_padding=None,
+            output_shape=None, pads=None, strides=None,
+        ):  # fmt: skip
+            if output_shape or (auto_pad or "NOTSET") != "NOTSET":
+                return super()._run(
+                    X, W, B, auto_pad, dilations, group, kernel_shape, output_padding, output_shape, pads, strides
+                )
+            window = resolve_conv((), W.shape[2:], "NOTSET", dilations, pads, strides)
+            edges = zip(
+                X.shape[2:], window.strides, window.extent, window.begin, window.end,
+                output_padding or (0,) * window.rank, strict=True,
+            )  # fmt: skip
+            size = [(n - 1) * s + x - b - e + extra for n, s, x, b, e, extra in edges]
+            y = ops.conv_adjoint(X, W, window, size, group or 1)
             return (y if B is None else y + B.reshape(-1, *(1,) * window.rank),)
 
     class MaxPool(ReferenceMaxPool):
@@ -122,4 +145,4 @@ def _replacements() -> list[Any]:
                 return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
             return (0.5 * x * (1 + erf(x / math.sqrt(2))),)
 
-    return [Conv, MaxPool, Erf, Gelu]
+    return [Conv, ConvTranspose, MaxPool, Erf, Gelu]
