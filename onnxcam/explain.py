@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.input_spec import static
 from onnxcam.layers import Layer, better_neighbour
 from onnxcam.methods import Method, method as find_method
-from onnxcam.model import Model, as_batches
+from onnxcam.model import Model, filled
 from onnxcam.pictures import open_image
+from onnxcam.preprocess import Prepared
 from onnxcam.runners import ArrayRunner, Batch, Job, RecordedRunner, Runner
 from onnxcam.starts import Start, softmax, start as find_start
 from onnxcam.targets import Target, target_codes
@@ -81,26 +84,25 @@ def explain(
     if engine == "onnx" and dtype != "float32":
         raise UsageError(f"engine onnx computes in float32; {dtype} needs engine numpy")
 
-    pictures, arrays = _inputs(model, images)
-    size = tuple(arrays[0].shape[2:]) if model.spec.layout != "NHWC" else tuple(arrays[0].shape[1:3])
-    if model.spec.layout is None:
-        size = tuple(arrays[0].shape[1:])
+    pictures, inputs = _inputs(model, images)
+    first = inputs(0, 1)
+    size = _size(model, first.shape)
     canonical = model.canonical(size)
     if reason := why_no_logits(canonical.graph, canonical.logits):
         raise ModelError(reason)
     found = model.resolve(_layers(layers), size)
-    together = np.concatenate(arrays)
-    rules = _boxed(rules, model, together)
+    if rules.needs_box:
+        rules = _boxed(rules, model, inputs)
     runner = _runner(model, size, found, chosen, rules, begin, engine, dtype, providers)
     codes = target_codes(_listed(targets), classes_in(canonical), model.labels)
 
     parts: list[Batch] = []
-    done = 0
-    for part, count in as_batches(together, batch_size, model.spec.batch):
-        parts.append(runner.run(part, codes).first(count))
-        done += count
+    step = model.spec.batch or batch_size
+    for begun in range(0, len(pictures), step):
+        part = inputs(begun, begun + step)
+        parts.append(runner.run(filled(part, model.spec.batch), codes).first(len(part)))
         if progress is not None:
-            progress(done, len(together))
+            progress(begun + len(part), len(pictures))
     logits = np.concatenate([p.logits for p in parts])
     maps = {name: np.concatenate([p.maps[name] for p in parts]) for name in found}
     for name, heat in maps.items():
@@ -125,15 +127,18 @@ def explain(
             "engine": engine,
             "dtype": dtype,
             "providers": runner.providers,
-            "preprocess": model.preprocess.name if pictures[0].view is not None else None,
+            "preprocess": model.preprocess.name if pictures[0].drawable else None,
             "targets": [str(t) for t in _listed(targets)],
         },
         warnings=_warnings(model, found, chosen, size, pictures),
     )
 
 
-def _inputs(model: Model, images: Any) -> tuple[list[Picture], list[np.ndarray]]:
-    """Pictures and the arrays (1, ...) made of them."""
+Inputs = Callable[[int, int], np.ndarray]  # (start, stop) -> that part of the model's input, (stop - start, ...)
+
+
+def _inputs(model: Model, images: Any) -> tuple[list[Picture], Inputs]:
+    """Pictures, and what makes the model's input of some of them; each is opened only when its turn comes."""
     if isinstance(images, np.ndarray):
         return _arrays(model, images)
     listed = [images] if isinstance(images, str | Path | Image.Image) else _list("pictures", images)
@@ -141,21 +146,36 @@ def _inputs(model: Model, images: Any) -> tuple[list[Picture], list[np.ndarray]]
         raise UsageError("there is no picture to explain")
     if model.spec.layout is None:
         raise UsageError(f"{model.spec.why_no_image}; from Python, pass the input as an array")
-    pictures, arrays = [], []
+    preprocess, spec = model.preprocess, model.spec
+
+    def prepare(item: Source) -> Prepared:
+        return preprocess.apply(item if isinstance(item, Image.Image) else open_image(item), spec)
+
+    pictures = []
     for i, item in enumerate(listed):
         if not isinstance(item, str | Path | Image.Image):
             raise UsageError(f"{type(item).__name__} is no picture: give paths, PIL pictures, or one array (N, ...)")
-        picture = item if isinstance(item, Image.Image) else open_image(item)
-        prepared = model.preprocess.apply(picture, model.spec)
         name = f"image-{i}" if isinstance(item, Image.Image) else str(item)
-        pictures.append(Picture(name, prepared.view))
-        arrays.append(prepared.array)
-    if len({a.shape for a in arrays}) > 1:
-        raise UsageError("the pictures give inputs of different sizes: explain them one by one, or give a --size")
-    return pictures, arrays
+        pictures.append(Picture(name, partial(prepare, item)))
+
+    shapes: set[tuple[int, ...]] = set()
+
+    def inputs(start: int, stop: int) -> np.ndarray:
+        arrays = [prepare(item).array for item in listed[start:stop]]
+        shapes.update(a.shape for a in arrays)
+        if len(shapes) > 1:
+            raise UsageError("the pictures give inputs of different sizes: explain them one by one, or give a --size")
+        return np.concatenate(arrays)
+
+    return pictures, inputs
 
 
-def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], list[np.ndarray]]:
+def _size(model: Model, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The spatial part of an input's shape; all but the batch where the input is no image."""
+    return {"NCHW": shape[2:], "NHWC": shape[1:3]}.get(model.spec.layout or "", shape[1:])
+
+
+def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], Inputs]:
     expected = model.spec.shape
     text = f"({', '.join(str(d) if d is not None else '?' for d in expected)})"
     fits = len(array.shape) == len(expected) and all(
@@ -168,7 +188,7 @@ def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], list[np.nda
     if array.dtype.kind not in "biuf":
         raise UsageError(f"the array holds {array.dtype}, not numbers that input {model.spec.name!r} could take")
     array = np.ascontiguousarray(array.astype(model.spec.dtype))
-    return [Picture(f"array-{i}", None) for i in range(len(array))], [array]
+    return [Picture(f"array-{i}") for i in range(len(array))], lambda start, stop: array[start:stop]
 
 
 def _runner(
@@ -191,13 +211,12 @@ def _runner(
     return ArrayRunner(job, array_ops(engine, dtype), dtype, providers)
 
 
-def _boxed(rules: Composite, model: Model, array: np.ndarray) -> Composite:
-    """Fill in the range of the input where a z-box rule needs it: from preprocessing, else from the data."""
-    if not rules.needs_box:
-        return rules
+def _boxed(rules: Composite, model: Model, inputs: Inputs) -> Composite:
+    """Fill in the range of the input that a z-box rule needs: from preprocessing, else from the data."""
     if model.spec.layout is not None:
         return rules.with_box(*model.preprocess.bounds(model.spec))
-    return rules.with_box(np.asarray(array.min()), np.asarray(array.max()))
+    whole = inputs(0, sys.maxsize)
+    return rules.with_box(np.asarray(whole.min()), np.asarray(whole.max()))
 
 
 def _probabilities(logits: np.ndarray, squash: str | None) -> np.ndarray:
@@ -244,5 +263,5 @@ def _signed(model: Model, layers: dict[str, Layer], method: Method, size: tuple[
 
 
 def _guessed(model: Model, pictures: Sequence[Picture]) -> Iterator[str]:
-    if pictures[0].view is not None and "guess" in model.preprocess_source:
+    if pictures[0].drawable and "guess" in model.preprocess_source:
         yield model.preprocess_source

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from onnxcam.layers import Layer
 
 if TYPE_CHECKING:
     from onnxcam.model import Model
+    from onnxcam.preprocess import Prepared
 
 SCHEMA_VERSION = 1
 PNG_LEVEL = 3  # of 9: a tenth larger than the smallest, in a sixth of the time
@@ -25,10 +27,21 @@ PNG_LEVEL = 3  # of 9: a tenth larger than the smallest, in a sixth of the time
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was explained: its name (a path, where it came from a file) and what the model saw of it."""
+    """A picture that was explained: its name (a path, where it came from a file) and what the model saw of it.
+
+    The view is made again each time it is asked for, so that many pictures need no memory; an array has none.
+    """
 
     name: str
-    view: Image.Image | None
+    prepare: Callable[[], Prepared] | None = None
+
+    @property
+    def drawable(self) -> bool:
+        return self.prepare is not None
+
+    @property
+    def view(self) -> Image.Image | None:
+        return None if self.prepare is None else self.prepare().view
 
 
 @dataclass(frozen=True)
@@ -174,8 +187,6 @@ class Explanation:
             UsageError: there is no such layer, image or target; the input was an array, or the map is not
                 two-dimensional: there is nothing to draw on.
         """
-        from onnxcam.render.overlay import overlay
-
         name = layer if layer is not None else next(iter(self.maps))
         if name not in self.maps:
             raise UsageError(f"there is no map of layer {name!r}; there is {', '.join(self.maps)}")
@@ -185,7 +196,12 @@ class Explanation:
         heat, view = self.maps[name][image, target], self.pictures[image].view
         if view is None or heat.ndim != 2:
             raise UsageError("there is no picture to draw the map on: the input was an array, or the map is no image")
-        return overlay(view, heat, caption=self.caption(name, image, target), **options)
+        return self._draw(view, name, image, target, options)
+
+    def _draw(self, view: Image.Image, layer: str, image: int, target: int, options: dict[str, Any]) -> Image.Image:
+        from onnxcam.render.overlay import overlay
+
+        return overlay(view, self.maps[layer][image, target], caption=self.caption(layer, image, target), **options)
 
     def caption(self, layer: str, image: int, target: int) -> list[str]:
         where = self.layers[layer]
@@ -215,24 +231,24 @@ class Explanation:
         stems = self._stems()
         for i, (picture, directory) in enumerate(zip(self.pictures, self.folders(), strict=True)):
             place = writable_folder(folder / directory)
+            view = picture.view if overlays else None
             targets = []
             for t in range(self.targets.shape[1]):
                 files = {}
                 for name in self.maps:
                     stem = f"class-{self.targets[i, t]}-layer-{stems[name]}"
                     heat = self.maps[name][i, t]
-                    written.append(write_atomically(place / f"{stem}.npy", lambda s, a=heat: np.save(s, a)))  # type: ignore[misc]
+                    written.append(write_atomically(place / f"{stem}.npy", partial(_write_array, heat)))
                     files[name] = {
                         "npy": f"{directory}/{stem}.npy",
                         "shape": list(heat.shape),
                         "min": float(heat.min()),
                         "max": float(heat.max()),
                     }
-                    if overlays and picture.view is not None and heat.ndim == 2:
-                        drawn = self.overlay(name, i, t, **drawing)
-                        png = place / f"{stem}-overlay.png"
-                        written.append(write_atomically(png, lambda s, p=drawn: p.save(s, "PNG", compress_level=PNG_LEVEL)))  # type: ignore[misc]
-                        files[name]["overlay"] = f"{directory}/{png.name}"
+                    if view is not None and heat.ndim == 2:
+                        drawn = self._draw(view, name, i, t, drawing)
+                        written.append(write_atomically(place / f"{stem}-overlay.png", partial(_write_image, drawn)))
+                        files[name]["overlay"] = f"{directory}/{stem}-overlay.png"
                 targets.append(
                     {
                         "class": int(self.targets[i, t]),
@@ -294,7 +310,7 @@ class Explanation:
         except ImportError:
             pass
         model = self.model
-        drawn = self.pictures[0].view is not None
+        drawn = self.pictures[0].drawable
         return {
             "schema_version": SCHEMA_VERSION,
             "model": {"name": model.name, "sha256": model.sha256, "input": model.spec.name, "output": model.output},
@@ -306,3 +322,11 @@ class Explanation:
             "conservation": self.conservation.to_json(),
             "warnings": self.warnings,
         }
+
+
+def _write_array(array: np.ndarray, stream: IO[bytes]) -> None:
+    np.save(stream, array)
+
+
+def _write_image(image: Image.Image, stream: IO[bytes]) -> None:
+    image.save(stream, "PNG", compress_level=PNG_LEVEL)

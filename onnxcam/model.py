@@ -270,17 +270,7 @@ def _labels(given: str | Path | Sequence[str] | None, metadata: dict[str, str]) 
     return read_labels(given) if isinstance(given, str | Path) else Labels.of(given)
 
 
-def as_batches(array: np.ndarray, limit: int, fixed: int | None) -> list[tuple[np.ndarray, int]]:
-    """Cut a batch into what the model takes at once: (array, how many of it count).
-
-    A file with a fixed batch gets exactly that many; the last one is filled up by repeating its last entry.
-    """
-    step = fixed or limit
-    out = []
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        count = len(part)
-        if fixed and count < fixed:
-            part = np.concatenate([part, np.repeat(part[-1:], fixed - count, axis=0)])
-        out.append((part, count))
-    return out
+def filled(array: np.ndarray, batch: int | None) -> np.ndarray:
+    """The array (n, ...) as a batch of the size the file fixes, filled up by repeating the last entry."""
+    short = (batch or 0) - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], short, axis=0)]) if short > 0 else array

@@ -127,7 +127,7 @@ def test_an_interrupted_save_leaves_whole_files_and_no_manifest(result, tmp_path
             raise KeyboardInterrupt
         return PICTURES[0]
 
-    monkeypatch.setattr(type(result), "overlay", interrupted)
+    monkeypatch.setattr(type(result), "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         result.save(tmp_path)
     left = files_in(tmp_path)
@@ -199,7 +199,7 @@ def test_captions_say_class_probability_layer_and_method(result):
 def test_a_picture_whose_name_is_no_unicode_is_no_obstacle(tmp_path):
     """Linux file names are bytes; Python carries those that are no UTF-8 as lone surrogates."""
     e = load(resnet(), preprocess="unit").explain(PICTURES[0])
-    e.pictures[0] = type(e.pictures[0])("caf\udce9.png", e.pictures[0].view)
+    e.pictures[0] = type(e.pictures[0])("caf\udce9.png", e.pictures[0].prepare)
     e.save(tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["images"][0]["name"] == "caf\udce9.png"
 

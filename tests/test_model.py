@@ -12,7 +12,7 @@ from walking import network
 
 import onnxcam
 from onnxcam.errors import ModelError, UsageError
-from onnxcam.model import as_batches, load
+from onnxcam.model import filled, load
 from small_nets import classifier, resnet
 
 WEIGHTS = {"w": np.ones((4, 3, 3, 3), np.float32), "v": np.ones((4, 5), np.float32)}
@@ -107,9 +107,10 @@ def test_the_hash_is_that_of_the_file(tmp_path):
     assert (model.name, model.sha256) == ("m.onnx", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-@pytest.mark.parametrize(("count", "limit", "fixed"), [(5, 2, None), (5, 8, None), (5, 8, 2), (4, 8, 4), (1, 8, 3)])
-def test_batches_hold_every_image_once_and_fixed_ones_are_filled_up(count, limit, fixed):
+@pytest.mark.parametrize(("count", "fixed"), [(5, None), (2, 2), (1, 3), (2, 4)])
+def test_a_batch_of_fixed_size_is_filled_up_with_its_last_image(count, fixed):
     array = np.arange(count)[:, None]
-    batches = as_batches(array, limit, fixed)
-    assert all(len(part) == fixed if fixed else len(part) <= limit for part, _ in batches)
-    np.testing.assert_array_equal(np.concatenate([part[:n] for part, n in batches]), array)
+    whole = filled(array, fixed)
+    assert len(whole) == (fixed or count)
+    np.testing.assert_array_equal(whole[:count], array)
+    assert (whole[count:] == array[-1]).all()
