@@ -258,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="captum|torch")
     if argv is None:
         on_cores(args.threads)
+    # PyTorch's threads wait for each other by spinning, which costs it tenfold where another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args.cache.mkdir(parents=True, exist_ok=True)
     (args.cache / ".gitignore").write_text("*\n")
     results = Results(args.cache / "speed.jsonl")

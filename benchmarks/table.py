@@ -47,7 +47,9 @@ PEERS_HEAD = """
 ## Peers
 
 Same weights, same picture, same number of threads. `onnxcam` is what it takes for the same job in the same turns, and
-the last column how many times as long the peer takes. "Agreement" is the correlation of the two relevance maps.
+the last column how many times as long the peer takes. "Agreement" is the correlation of the two relevance maps; zennit
+does not know how residual additions of other models than ResNets share. Gradients in PyTorch are compared as users run
+them, beside what PyTorch takes for inference alone. PyTorch's threads wait passively, which is to its advantage here.
 """
 
 START_HEAD = """
