@@ -35,7 +35,7 @@ def quotient(ops: Any, r: Array, z: Array, eps: float, sign: int = 0) -> Array:
     if sign:
         return r / (z + sign * max(eps, ops.tiny))
     if eps:
-        return r / (z + ops.where(z < 0, -eps, eps))
+        return r / ops.stabilised(z, eps)
     alive = ops.abs(z) > ops.tiny
     return ops.where(alive, r / ops.where(alive, z, 1.0), 0.0)
 
@@ -53,8 +53,6 @@ def forward(f: LinearMap, terms: Sequence[Term]) -> Array:
 
 def share(f: LinearMap, r: Array, terms: Sequence[Term], bias: Array | None, eps: float, sign: int = 0) -> Array:
     """The kernel: relevance of the operand of `f`, shape (T, *x.shape). `sign` as for `quotient`."""
-    if not terms:
-        return f.ops.zeros((r.shape[0], *f.x.shape))
     z = forward(f, terms)
     return carry_back(f, quotient(f.ops, r, z if bias is None else z + bias, eps, sign), terms)
 

@@ -58,6 +58,10 @@ class ArrayOps:
     def where(self, condition: Array, a: Array | float, b: Array | float) -> Array:
         return self.xp.where(condition, self._lift(a), self._lift(b))
 
+    def stabilised(self, z: Array, eps: float) -> Array:
+        """z pushed away from zero by `eps` in its own direction; sign(0) = +1."""
+        return z + self.where(z < 0, -eps, eps)
+
     def positive(self, x: Array) -> Array:
         return self.where(x > 0, x, 0.0)
 

@@ -1,12 +1,8 @@
 """The recorder engine: every primitive adds nodes to an ONNX graph instead of computing.
 
-The same operators and rules that compute on arrays record, behind the user's graph, the graph of the explanation. A
-`Symbol` stands for an array: it has a shape and arithmetic, and each operation on it becomes a node. Weights are not
-stored twice: what is derived from a weight (its positive part, its transpose) is recorded too, and folded by ONNX
-Runtime when the model is loaded.
-
-The axis of targets in front of relevance arrays is there in the shapes and left out of the graph where there is one
-target, so that a single target costs no reshaping.
+The same operators and rules that compute on arrays record, behind the user's graph, the graph of the explanation. This
+file has the windows: convolutions, pools and their adjoints, in the forms that runtimes are quick at and right about;
+`recorder.py` has the rest.
 """
 
 from __future__ import annotations
@@ -18,400 +14,16 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcam.engines.recorder import Recorder
+from onnxcam.engines.symbols import BATCH, Dim, Shape, Symbol, replaced
 from onnxcam.engines.window import Window
 from onnxcam.errors import ModelError
 
-
-class _Unknown(str):
-    """The length of an axis that is not known while recording: it has a name and no arithmetic."""
-
-    def _refuse(self, _: object) -> Any:
-        raise ModelError("this depends on how many images there are in a batch: fix the batch, or use --engine numpy")
-
-    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
+__all__ = ["BATCH", "RecorderOps", "Symbol"]
 
 
-BATCH = _Unknown("N")
-Dim = int | str
-Shape = tuple[Dim, ...]
-
-
-class Symbol:
-    """A tensor of the graph under construction, used like an array.
-
-    Attributes:
-        tensor: the graph-surgeon tensor.
-        shape: what an array would have, the axis of targets included.
-        bare: the axis of targets, of length 1, stands in `shape` but not in the tensor.
-        positive: no entry can be negative.
-    """
-
-    __slots__ = ("bare", "ops", "positive", "shape", "tensor")
-    __array_ufunc__ = None  # NumPy scalars leave the arithmetic to us
-
-    def __init__(self, ops: RecorderOps, tensor: gs.Tensor, shape: Shape, bare: bool = False, positive: bool = False):
-        self.ops, self.tensor, self.shape, self.bare, self.positive = ops, tensor, shape, bare, positive
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def __add__(self, other: Any) -> Symbol:
-        return self.ops.binary("Add", self, other)
-
-    def __sub__(self, other: Any) -> Symbol:
-        return self.ops.binary("Sub", self, other)
-
-    def __mul__(self, other: Any) -> Symbol:
-        return self.ops.binary("Mul", self, other)
-
-    def __truediv__(self, other: Any) -> Symbol:
-        return self.ops.binary("Div", self, other)
-
-    def __radd__(self, other: Any) -> Symbol:
-        return self.ops.binary("Add", self, other)
-
-    def __rsub__(self, other: Any) -> Symbol:
-        return self.ops.binary("Sub", other, self)
-
-    def __rmul__(self, other: Any) -> Symbol:
-        return self.ops.binary("Mul", self, other)
-
-    def __rtruediv__(self, other: Any) -> Symbol:
-        return self.ops.binary("Div", other, self)
-
-    def __neg__(self) -> Symbol:
-        return self.ops.unary("Neg", self)
-
-    def __gt__(self, other: Any) -> Symbol:
-        return self.ops.binary("Greater", self, other, bool)
-
-    def __lt__(self, other: Any) -> Symbol:
-        return self.ops.binary("Less", self, other, bool)
-
-    def __ge__(self, other: Any) -> Symbol:
-        return self.ops.binary("GreaterOrEqual", self, other, bool)
-
-    def __le__(self, other: Any) -> Symbol:
-        return self.ops.binary("LessOrEqual", self, other, bool)
-
-    def __eq__(self, other: Any) -> Symbol:  # type: ignore[override]
-        return self.ops.binary("Equal", self, other, bool)
-
-    __hash__ = object.__hash__
-
-
-def broadcast_shapes(a: Shape, b: Shape) -> Shape:
-    """The shape two shapes broadcast to; a symbolic axis goes with 1 and with itself."""
-    n = max(len(a), len(b))
-    pairs = zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True)
-    return tuple(x if y == 1 else y for x, y in pairs)
-
-
-class RecorderOps:
+class RecorderOps(Recorder):
     """The primitives, recording into `graph`, whose default opset is `graph.opset` (17 or newer)."""
-
-    dtype = "float32"
-    tiny = 1e-20
-
-    def __init__(self, graph: gs.Graph):
-        self.graph = graph
-        self._count = 0
-        self._constants: dict[Any, gs.Constant] = {}
-        self._shapes: dict[int, gs.Tensor] = {}
-        self._taken = set(graph.tensors())
-
-    # -- recording -----------------------------------------------------------------------------------------------
-
-    def record(
-        self, op: str, inputs: Sequence[Any], shape: Shape, *, bare: bool = False, positive: bool = False,
-        dtype: Any = np.float32, outputs: int = 1, **attrs: Any,
-    ) -> Symbol:  # fmt: skip
-        """Add one node; inputs are Symbols, tensors or NumPy arrays. Returns its last output."""
-        name = self._name(op)
-        made = [gs.Variable(name if i == 0 else f"{name}_{i}", dtype=dtype) for i in range(outputs)]
-        operands = [self._operand(i) for i in inputs]
-        self.graph.nodes.append(gs.Node(op=op, name=name, inputs=operands, outputs=made, attrs=attrs))
-        return Symbol(self, made[-1], shape, bare, positive)
-
-    def _name(self, op: str) -> str:
-        while True:
-            name = f"onnxcam/{op}_{self._count}"
-            self._count += 1
-            if name not in self._taken:
-                return name
-
-    def _operand(self, value: Any) -> gs.Tensor:
-        if isinstance(value, Symbol):
-            return value.tensor
-        return value if isinstance(value, gs.Tensor) else self.constant(np.asarray(value))
-
-    def constant(self, value: np.ndarray) -> gs.Constant:
-        """A constant of the graph; equal small ones are stored once."""
-        key = (value.dtype.str, value.shape, value.tobytes()) if value.size <= 64 else object()
-        if key not in self._constants:
-            self._constants[key] = gs.Constant(self._name("Constant"), np.ascontiguousarray(value).reshape(value.shape))
-        return self._constants[key]
-
-    def tap(self, tensor: gs.Tensor, shape: Shape, positive: bool) -> Symbol:
-        """A tensor of the user's graph as an array of float32."""
-        symbol = Symbol(self, tensor, shape, positive=positive)
-        if tensor.dtype is not None and np.dtype(tensor.dtype) != np.float32:
-            return self.record("Cast", [symbol], shape, positive=positive, to=1)
-        return symbol
-
-    def unary(self, op: str, x: Symbol, positive: bool = False, **attrs: Any) -> Symbol:
-        return self.record(op, [x], x.shape, bare=x.bare, positive=positive, **attrs)
-
-    def binary(self, op: str, a: Any, b: Any, dtype: Any = np.float32) -> Symbol:
-        a, b = self._lift(a), self._lift(b)
-        shape = broadcast_shapes(a.shape, b.shape)
-        # Where only one side has left its axis of targets out, the other must not have one that it keeps.
-        bare = a.bare or b.bare
-        positive = op in ("Add", "Mul", "Div") and a.positive and b.positive
-        return self.record(op, [a, b], shape, bare=bare, positive=positive, dtype=dtype)
-
-    def _lift(self, value: Any) -> Symbol:
-        if isinstance(value, Symbol):
-            return value
-        array = np.asarray(value, np.float32)
-        return Symbol(self, self.constant(array), array.shape, positive=bool((array >= 0).all()))
-
-    # -- values --------------------------------------------------------------------------------------------------
-
-    def asarray(self, value: np.ndarray) -> Symbol:
-        return self._lift(np.asarray(value, np.float32))
-
-    def to_host(self, value: Any) -> Any:
-        raise ModelError("a recorded value has no numbers yet")
-
-    def zeros(self, shape: Sequence[Dim]) -> Symbol:
-        if all(isinstance(n, int) for n in shape):
-            return self.asarray(np.zeros(tuple(shape), np.float32))  # type: ignore[arg-type]
-        raise ModelError("zeros of an unknown batch cannot be recorded; use --engine numpy")
-
-    def zeros_like(self, x: Symbol) -> Symbol:
-        return self._filled(x, 0.0)
-
-    def ones_like(self, x: Symbol) -> Symbol:
-        return self._filled(x, 1.0)
-
-    def _filled(self, x: Symbol, value: float) -> Symbol:
-        shape = self.record("Shape", [x], (len(x.shape),), dtype=np.int64)
-        tensor = gs.Constant(self._name("Constant"), np.array([value], np.float32))
-        return self.record("ConstantOfShape", [shape], x.shape, bare=x.bare, positive=value >= 0, value=tensor)
-
-    def where(self, condition: Symbol, a: Any, b: Any) -> Symbol:
-        a, b = self._lift(a), self._lift(b)
-        shape = broadcast_shapes(broadcast_shapes(condition.shape, a.shape), b.shape)
-        bare = condition.bare or a.bare or b.bare
-        return self.record("Where", [condition, a, b], shape, bare=bare, positive=a.positive and b.positive)
-
-    def positive(self, x: Symbol) -> Symbol:
-        return x if x.positive else self.unary("Relu", x, positive=True)
-
-    def negative(self, x: Symbol) -> Symbol:
-        return self.record("Min", [x, self._lift(0.0)], x.shape, bare=x.bare)
-
-    def any_negative(self, x: Symbol) -> bool:
-        """Whether an entry might be negative, as far as the graph tells."""
-        return not x.positive
-
-    def mask(self, condition: Symbol) -> Symbol:
-        return self.record("Cast", [condition], condition.shape, bare=condition.bare, positive=True, to=1)
-
-    def abs(self, x: Symbol) -> Symbol:
-        return x if x.positive else self.unary("Abs", x, positive=True)
-
-    def sign(self, x: Symbol) -> Symbol:
-        return self.unary("Sign", x)
-
-    def exp(self, x: Symbol) -> Symbol:
-        return self.unary("Exp", x, positive=True)
-
-    def log(self, x: Symbol) -> Symbol:
-        return self.unary("Log", x)
-
-    def sqrt(self, x: Symbol) -> Symbol:
-        return self.unary("Sqrt", x, positive=True)
-
-    def sin(self, x: Symbol) -> Symbol:
-        return self.unary("Sin", x)
-
-    def cos(self, x: Symbol) -> Symbol:
-        return self.unary("Cos", x)
-
-    def tanh(self, x: Symbol) -> Symbol:
-        return self.unary("Tanh", x)
-
-    def sigmoid(self, x: Symbol) -> Symbol:
-        return self.unary("Sigmoid", x, positive=True)
-
-    def power(self, x: Symbol, p: Any) -> Symbol:
-        return self.binary("Pow", x, p)
-
-    # -- reductions and layout -----------------------------------------------------------------------------------
-
-    def sum(self, x: Symbol, axes: Sequence[int], keepdims: bool = False) -> Symbol:
-        return self._reduce("ReduceSum", x, axes, keepdims, positive=x.positive)
-
-    def mean(self, x: Symbol, axes: Sequence[int], keepdims: bool = False) -> Symbol:
-        return self._reduce("ReduceMean", x, axes, keepdims, positive=x.positive)
-
-    def prod(self, x: Symbol, axes: Sequence[int]) -> Symbol:
-        return self._reduce("ReduceProd", x, axes, True, positive=x.positive)
-
-    def min(self, x: Symbol, axes: Sequence[int]) -> Symbol:
-        return self._reduce("ReduceMin", x, axes, True, positive=x.positive)
-
-    def max(self, x: Symbol, axes: Sequence[int]) -> Symbol:
-        return self._reduce("ReduceMax", x, axes, True, positive=x.positive)
-
-    def _reduce(self, op: str, x: Symbol, axes: Sequence[int], keepdims: bool, positive: bool) -> Symbol:
-        """Axes may count from either end; the axis of targets is reduced only where it is in the tensor."""
-        if not axes:
-            return x
-        from_end = sorted(a if a < 0 else a - len(x.shape) for a in axes)
-        shape = tuple(
-            1 if i - len(x.shape) in from_end else n
-            for i, n in enumerate(x.shape)
-            if keepdims or i - len(x.shape) not in from_end
-        )
-        if x.bare and from_end[0] == -len(x.shape):
-            raise ModelError("the axis of targets cannot be reduced while recording")
-        if self.graph.opset >= (13 if op == "ReduceSum" else 18):
-            return self.record(
-                op, [x, np.array(from_end, np.int64)], shape, bare=x.bare, positive=positive, keepdims=int(keepdims)
-            )
-        return self.record(op, [x], shape, bare=x.bare, positive=positive, axes=from_end, keepdims=int(keepdims))
-
-    def reshape(self, r: Symbol, shape: Sequence[Dim]) -> Symbol:
-        return self._reshaped(r, (r.shape[0], *shape), r.bare)
-
-    def shaped(self, x: Symbol, shape: Sequence[Dim]) -> Symbol:
-        return self._reshaped(x, tuple(shape), False)
-
-    def _reshaped(self, x: Symbol, shape: Shape, bare: bool) -> Symbol:
-        if -1 in shape:
-            rest = prod(n for n in shape if isinstance(n, int) and n != -1)
-            total = prod(n for n in x.shape if isinstance(n, int))
-            shape = tuple(total // rest if n == -1 else n for n in shape)
-        if shape == x.shape and bare == x.bare:
-            return x
-        target = shape[1:] if bare else shape
-        unknown = [i for i, n in enumerate(target) if not isinstance(n, int)]
-        if len(unknown) > 1:
-            raise ModelError(f"a reshape to {target} has two unknown axes: use --engine numpy, or fix the batch")
-        sizes = np.array([n if isinstance(n, int) else -1 for n in target], np.int64)
-        return self.record("Reshape", [x, sizes], shape, bare=bare, positive=x.positive)
-
-    def permute(self, r: Symbol, perm: Sequence[int]) -> Symbol:
-        shape = (r.shape[0], *(r.shape[1 + p] for p in perm))
-        order = list(perm) if r.bare else [0, *(p + 1 for p in perm)]
-        return self.record("Transpose", [r], shape, bare=r.bare, positive=r.positive, perm=order)
-
-    def expand(self, r: Symbol, shape: Sequence[Dim]) -> Symbol:
-        """The batch is there already or comes from what the result is combined with; only known axes are repeated."""
-        full = (r.shape[0], *shape)
-        short = len(full) - len(r.shape)
-        if short:
-            r = self._reshaped(r, (r.shape[0], *(1,) * short, *r.shape[1:]), r.bare)
-        if r.shape == full:
-            return r
-        if any(a == 1 and not isinstance(b, int) for a, b in zip(r.shape, full, strict=True)):
-            raise ModelError("repeating along an unknown batch cannot be recorded; use --engine numpy")
-        sizes = [n if isinstance(n, int) else 1 for n in (shape if r.bare else full)]
-        return self.record("Expand", [r, np.array(sizes, np.int64)], full, bare=r.bare, positive=r.positive)
-
-    def unbroadcast(self, r: Symbol, shape: Sequence[Dim]) -> Symbol:
-        if tuple(r.shape[1:]) == tuple(shape):
-            return r
-        extra = len(r.shape) - 1 - len(shape)
-        rank = len(r.shape)
-        r = self.sum(r, tuple(i - rank for i in range(1, 1 + extra)))
-        n = len(shape)
-        repeated = tuple(i - n for i, size in enumerate(shape) if size == 1 and r.shape[i + 1] != 1)
-        return self.sum(r, repeated, keepdims=True)
-
-    def concat(self, arrays: Sequence[Symbol], axis: int) -> Symbol:
-        shape = list(arrays[0].shape)
-        sizes = [a.shape[axis] for a in arrays]
-        shape[axis] = sum(n for n in sizes if isinstance(n, int))
-        bare = any(a.bare for a in arrays)
-        return self.record(
-            "Concat", arrays, tuple(shape), bare=bare, positive=all(a.positive for a in arrays), axis=axis
-        )
-
-    def slice(self, x: Symbol, axis: int, start: int, stop: int, step: int = 1) -> Symbol:
-        size = x.shape[axis]
-        assert isinstance(size, int)
-        count = len(range(*slice(start, stop, step).indices(size)))
-        if count == size and step == 1:
-            return x
-        bounds = [np.array([v], np.int64) for v in (start, stop, axis, step)]
-        return self.record("Slice", [x, *bounds], _replaced(x.shape, axis, count), bare=x.bare, positive=x.positive)
-
-    def take(self, x: Symbol, index: np.ndarray, axis: int) -> Symbol:
-        shape = _replaced(x.shape, axis, len(index))
-        index = np.asarray(index, np.int64)
-        return self.record("Gather", [x, index], shape, bare=x.bare, positive=x.positive, axis=axis)
-
-    def scatter_add(self, r: Symbol, index: np.ndarray, axis: int, size: int) -> Symbol:
-        """Adjoint of `take`, as a Pad where the places are consecutive, else as a few Gathers from `r` with a zero
-        behind it, one for each repetition of the most frequent place: nothing races, every runtime has it."""
-        index = np.asarray(index)
-        shape = _replaced(r.shape, axis, size)
-        if index.size and index[0] >= 0 and (np.diff(index) == 1).all():
-            before, after = int(index[0]), size - int(index[-1]) - 1
-            return self._padded(r, axis, before, after, shape)
-        padded = self._padded(r, axis, 0, 1, _replaced(r.shape, axis, index.size + 1))
-        out: Symbol | None = None
-        positions = np.flatnonzero(index >= 0)
-        while positions.size or out is None:
-            places, first = np.unique(index[positions], return_index=True)
-            source = np.full(size, index.size)
-            source[places] = positions[first]
-            part = self.take(padded, source, axis)
-            out = part if out is None else out + part
-            positions = np.delete(positions, first)
-        return out
-
-    def _padded(self, r: Symbol, axis: int, before: int, after: int, shape: Shape) -> Symbol:
-        if not before and not after:
-            return r
-        rank = len(r.shape) - r.bare
-        pads = np.zeros(2 * rank, np.int64)
-        pads[rank + axis], pads[2 * rank + axis] = before, after
-        return self.record("Pad", [r, pads], shape, bare=r.bare, positive=r.positive)
-
-    def matmul(self, a: Symbol, b: Symbol) -> Symbol:
-        lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        shape = (*lead, a.shape[-2], b.shape[-1])
-        return self.record("MatMul", [a, b], shape, bare=a.bare or b.bare, positive=a.positive and b.positive)
-
-    def swap(self, a: Symbol) -> Symbol:
-        rank = len(a.shape) - a.bare
-        shape = (*a.shape[:-2], a.shape[-1], a.shape[-2])
-        perm = [*range(rank - 2), rank - 1, rank - 2]
-        return self.record("Transpose", [a], shape, bare=a.bare, positive=a.positive, perm=perm)
-
-    def along(self, x: Symbol, matrix: Symbol, axis: int) -> Symbol:
-        if axis == -1:
-            return self.matmul(x, self.swap(matrix))
-        if axis == -2:
-            return self.matmul(matrix, x)
-        rank = len(x.shape) - x.bare
-        order = list(range(rank))
-        order[axis], order[-1] = order[-1], order[axis]
-        swapped = list(x.shape)
-        swapped[axis], swapped[-1] = swapped[-1], swapped[axis]
-        moved = self.record("Transpose", [x], tuple(swapped), bare=x.bare, positive=x.positive, perm=order)
-        moved = self.matmul(moved, self.swap(matrix))
-        back = list(moved.shape)
-        back[axis], back[-1] = back[-1], back[axis]
-        return self.record("Transpose", [moved], tuple(back), bare=x.bare, positive=moved.positive, perm=order)
-
-    # -- windows -------------------------------------------------------------------------------------------------
 
     def conv(self, x: Symbol, w: Symbol, window: Window, group: int = 1) -> Symbol:
         size = _sizes(x, window)
@@ -496,53 +108,59 @@ class RecorderOps:
 
     @staticmethod
     def _has_phases(window: Window, group: int) -> bool:
-        """Dense, over pictures, equal strides, no dilation: what DepthToSpace can put together."""
-        return window.rank == 2 and group == 1 and len(set(window.strides)) == 1 and set(window.dilations) == {1}
+        """Dense, over pictures, equal strides, no dilation, no empty phase: what DepthToSpace can put together."""
+        plain = window.rank == 2 and group == 1 and len(set(window.strides)) == 1 and set(window.dilations) == {1}
+        return plain and (set(window.kernel) == {1} or min(window.kernel) >= window.strides[0])
 
     def _conv_adjoint_by_phases(self, r: Symbol, w: Symbol, window: Window, shape: Shape, positive: bool) -> Symbol:
         """Stride s: the cells of the input fall into s x s phases, and each phase sees its own part of the kernel, so
-        that one Conv with s*s times the channels and DepthToSpace take the place of ConvTranspose, which runtimes are
-        slow at. Cell i = p s + f - begin gets the sum over t of W[t s + f] r[p - t].
+        that s*s small Convs and DepthToSpace take the place of ConvTranspose, which runtimes are slow at. Cell
+        i = p s + f - begin gets the sum over t of W[t s + f] r[p - t].
         """
         s = window.strides[0]
-        m, c = int(w.shape[0]), int(w.shape[1])
+        c = int(w.shape[1])
         size = tuple(int(n) for n in shape[-2:])
         if set(window.kernel) == {1}:
             below = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
             y = self._conv_adjoint_as_conv(r, w, below, (*shape[:-2], *r.shape[-2:]), 1, positive)
             y = self._spread(y, s)
         else:
-            q = tuple(-(-k // s) for k in window.kernel)
-            short = [n * s - k for n, k in zip(q, window.kernel, strict=True)]
-            wide = (m, c, q[0] * s, q[1] * s)
-            w = self.record("Pad", [w, np.array([0] * 6 + short, np.int64)], wide, positive=w.positive)
-            parts = self._reshaped(w, (m, c, q[0], s, q[1], s), False)
-            parts = self.record(
-                "Transpose", [parts], (c, s, s, m, *q), positive=w.positive, perm=[1, 3, 5, 0, 2, 4]
-            )  # fmt: skip
-            parts = self._reshaped(parts, (c * s * s, m, *q), False)
-            turned = self.record(
-                "Slice",
-                [parts, *(np.array(v, np.int64) for v in ([-1, -1], [-(2**31)] * 2, [2, 3], [-1, -1]))],
-                parts.shape,
-                positive=w.positive,
-            )
-            phases = [-(-(b + n) // s) for b, n in zip(window.begin, size, strict=True)]
-            behind = [max(p - int(n), 0) for p, n in zip(phases, r.shape[-2:], strict=True)]
-            high, long = (int(n) + e for n, e in zip(r.shape[-2:], behind, strict=True))
+            cells = [-(-(b + n) // s) for b, n in zip(window.begin, size, strict=True)]
+            phases = [
+                self._phase(r, w, window.kernel, (i, j), s, cells, (*shape[:-3], c), positive)
+                for i in range(s)
+                for j in range(s)
+            ]
             y = self.record(
-                "Conv", [r, turned], (*shape[:-3], c * s * s, high, long), bare=r.bare, positive=positive, group=1,
-                kernel_shape=list(q), strides=[1, 1], dilations=[1, 1], pads=[n - 1 for n in q] + behind,
-            )  # fmt: skip
-            y = self.record(
-                "DepthToSpace", [y], (*shape[:-2], high * s, long * s), bare=y.bare, positive=positive, blocksize=s,
-                mode="CRD",
+                "DepthToSpace", [self.concat(phases, -3)], (*shape[:-2], cells[0] * s, cells[1] * s), bare=r.bare,
+                positive=positive, blocksize=s, mode="DCR",
             )  # fmt: skip
         for i in (-2, -1):
             begin, have = window.begin[i], int(y.shape[i])
             if begin or have > size[i]:
                 y = self.slice(y, i, begin, min(begin + size[i], have))
-            y = self._padded(y, i, 0, size[i] - int(y.shape[i]), _replaced(y.shape, i, size[i]))
+            y = self._padded(y, i, 0, size[i] - int(y.shape[i]), replaced(y.shape, i, size[i]))
+        return y
+
+    def _phase(
+        self, r: Symbol, w: Symbol, kernel: Sequence[int], phase: tuple[int, int], s: int, cells: Sequence[int],
+        lead: Shape, positive: bool,
+    ) -> Symbol:  # fmt: skip
+        """The cells of one phase: a Conv of `r` with every s-th tap of the kernel, turned round."""
+        last = [f + (k - 1 - f) // s * s for f, k in zip(phase, kernel, strict=True)]
+        taps = [len(range(f, k, s)) for f, k in zip(phase, kernel, strict=True)]
+        bounds = [np.array(v, np.int64) for v in (last, [-(2**31)] * 2, [2, 3], [-s] * 2)]
+        turned = self.record("Slice", [w, *bounds], (*w.shape[:2], *taps), positive=w.positive)
+        swapped = (w.shape[1], w.shape[0], *taps)
+        turned = self.record("Transpose", [turned], swapped, positive=w.positive, perm=[1, 0, 2, 3])
+        behind = [n - int(have) for n, have in zip(cells, r.shape[-2:], strict=True)]
+        wide = tuple(max(n, int(have)) for n, have in zip(cells, r.shape[-2:], strict=True))
+        y = self.record(
+            "Conv", [r, turned], (*lead, *wide), bare=r.bare, positive=positive, group=1, kernel_shape=taps,
+            strides=[1, 1], dilations=[1, 1], pads=[*(n - 1 for n in taps), *(max(n, 0) for n in behind)],
+        )  # fmt: skip
+        for axis, n in ((-2, cells[0]), (-1, cells[1])):
+            y = self.slice(y, axis, 0, n)
         return y
 
     def _spread(self, y: Symbol, s: int) -> Symbol:
@@ -632,12 +250,6 @@ class RecorderOps:
         shape = (*lead, *y.shape[-window.rank - 1 :])
         sizes = [n if isinstance(n, int) else -1 for n in shape]
         return self.record("Reshape", [y, np.array(sizes, np.int64)], shape, positive=y.positive)
-
-
-def _replaced(shape: Shape, axis: int, size: Dim) -> Shape:
-    out = list(shape)
-    out[axis] = size
-    return tuple(out)
 
 
 def _sizes(x: Symbol, window: Window) -> tuple[int, ...]:
