@@ -48,7 +48,9 @@ class Composite:
     def rule_for(self, operator: Operator, op_type: str, first: bool = False) -> Rule:
         if first and self.first is not None and operator.kind == "linear":
             return self.first
-        return self.by_op.get(op_type) or self.rules[operator.kind]
+        # A MatMul of two tensors that both depend on the input is no dense layer, but a product.
+        special = self.by_op.get(op_type) if operator.kind != "product" else None
+        return special or self.rules[operator.kind]
 
     @property
     def needs_box(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from onnxcam.check import why_no_logits
 from onnxcam.compile import classes_in
 from onnxcam.composites import Composite, composite as find_composite
 from onnxcam.engines.array import array_ops
+from onnxcam.engines.session import ProviderLike, Settings
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.input_spec import static
@@ -42,7 +43,8 @@ def explain(
     start: str | Start | None = None,
     engine: str | None = None,
     dtype: str = "float32",
-    providers: Sequence[str] = ("cpu",),
+    providers: ProviderLike | Sequence[ProviderLike] = "cpu",
+    threads: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Explanation:
@@ -59,7 +61,9 @@ def explain(
         engine: onnx (the explanation as one recorded ONNX model), or numpy or cupy (the walk over arrays); by default
             onnx, and numpy for float64.
         dtype: float32; float64 with an array engine and the reference evaluator's forward pass (slow; for checks).
-        providers: execution providers for the forward pass, in order of preference.
+        providers: execution providers of ONNX Runtime, in order of preference: cpu, cuda, cuda:1, auto, full names,
+            or (name, options). One that is not to be had is passed over, and a warning says so.
+        threads: threads within one op; by default as many as ONNX Runtime likes.
         batch_size: images at a time, where the file leaves its batch open.
         progress: called with (done, total) images.
 
@@ -74,7 +78,7 @@ def explain(
         raise UsageError(f"relevance is float32 or float64, not {dtype!r}")
     if batch_size < 1:
         raise UsageError(f"a batch holds 1 image or more, not {batch_size}")
-    providers = [providers] if isinstance(providers, str) else list(providers)
+    settings = Settings.of(providers, threads)
     chosen = find_method(method)
     rules = find_composite(composite or chosen.composite)
     begin = find_start(start or chosen.start)
@@ -93,7 +97,7 @@ def explain(
     found = model.resolve(_layers(layers), size)
     if rules.needs_box:
         rules = _boxed(rules, model, inputs)
-    runner = _runner(model, size, found, chosen, rules, begin, engine, dtype, providers)
+    runner = _runner(model, size, found, chosen, rules, begin, engine, dtype, settings)
     codes = target_codes(_listed(targets), classes_in(canonical), model.labels)
 
     parts: list[Batch] = []
@@ -127,10 +131,11 @@ def explain(
             "engine": engine,
             "dtype": dtype,
             "providers": runner.providers,
+            "threads": threads,
             "preprocess": model.preprocess.name if pictures[0].drawable else None,
             "targets": [str(t) for t in _listed(targets)],
         },
-        warnings=_warnings(model, found, chosen, size, pictures),
+        warnings=[*_warnings(model, found, chosen, size, pictures), *runner.notes],
     )
 
 
@@ -148,7 +153,9 @@ def _inputs(model: Model, images: Any) -> tuple[list[Picture], Inputs]:
         raise UsageError(f"{model.spec.why_no_image}; from Python, pass the input as an array")
     preprocess, spec = model.preprocess, model.spec
 
-    def prepare(item: Source) -> Prepared:
+    @lru_cache(maxsize=1)  # a single picture is wanted three times: for its size, to be explained, to be drawn on
+    def prepare(i: int) -> Prepared:
+        item = listed[i]
         return preprocess.apply(item if isinstance(item, Image.Image) else open_image(item), spec)
 
     pictures = []
@@ -156,12 +163,12 @@ def _inputs(model: Model, images: Any) -> tuple[list[Picture], Inputs]:
         if not isinstance(item, str | Path | Image.Image):
             raise UsageError(f"{type(item).__name__} is no picture: give paths, PIL pictures, or one array (N, ...)")
         name = f"image-{i}" if isinstance(item, Image.Image) else str(item)
-        pictures.append(Picture(name, partial(prepare, item)))
+        pictures.append(Picture(name, partial(prepare, i)))
 
     shapes: set[tuple[int, ...]] = set()
 
     def inputs(start: int, stop: int) -> np.ndarray:
-        arrays = [prepare(item).array for item in listed[start:stop]]
+        arrays = [prepare(i).array for i in range(start, min(stop, len(listed)))]
         shapes.update(a.shape for a in arrays)
         if len(shapes) > 1:
             raise UsageError("the pictures give inputs of different sizes: explain them one by one, or give a --size")
@@ -200,15 +207,15 @@ def _runner(
     start: Start,
     engine: str,
     dtype: str,
-    providers: list[str],
+    settings: Settings,
 ) -> Runner:
     tensors = {layer.tensor for layer in layers.values()}
     listed = {row.tensor for row in model.layers(size)}
     canonical = model.canonical(size, frozenset(tensors - listed), rules.fold_batchnorm)
     job = Job(canonical, model.spec.name, layers, method, rules, start)
     if engine == "onnx":
-        return RecordedRunner(job, providers, balances=rules.conserves)
-    return ArrayRunner(job, array_ops(engine, dtype), dtype, providers)
+        return RecordedRunner(job, settings, model.disk, model.content if model.disk else "")
+    return ArrayRunner(job, array_ops(engine, dtype), dtype, settings)
 
 
 def _boxed(rules: Composite, model: Model, inputs: Inputs) -> Composite:

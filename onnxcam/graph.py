@@ -150,15 +150,18 @@ class Graph:
         A source counts as reached, so the nodes that read it are in; the node that makes it is in only where another
         source lies before it.
         """
+        end = self.producer(target)
+        first = min((node.index for name in sources for node in self.consumers(name)), default=len(self.nodes))
+        nodes = self.nodes[first : end.index + 1] if end else []
         below = set(sources)
         forward = set()
-        for node in self.nodes:
+        for node in nodes:
             if any(name in below for name in node.inputs if name):
                 below.update(name for name in node.outputs if name)
                 forward.add(node.index)
         wanted = {target}
         path = []
-        for node in reversed(self.nodes):
+        for node in reversed(nodes):
             if node.index in forward and any(name in wanted for name in node.outputs if name):
                 wanted.update(name for name in node.inputs if name in below)
                 path.append(node)

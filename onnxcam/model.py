@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxcam.cache import Recent, disk_cache
 from onnxcam.canonise import canonise, name_nodes
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.graph import Graph, Shape
@@ -25,7 +26,7 @@ from onnxcam.labels import Labels, labels_from_metadata, read_labels
 from onnxcam.layers import Layer, Names, list_layers, module_paths, resolve
 from onnxcam.maps import spatial_axes
 from onnxcam.preprocess import Preprocess, choose
-from onnxcam.reading import ReadModel, read
+from onnxcam.reading import ReadModel, hash_proto, read
 from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import locate_logits
 
@@ -34,15 +35,19 @@ if TYPE_CHECKING:
     from onnxcam.explanation import Explanation
 
 Size = tuple[int, ...]  # spatial sizes of the input
+GRAPHS = 8  # canonised graphs that a model holds: one for each input size, say
+SESSIONS = 8  # sessions likewise, each with weights of its own
 
 
 @dataclass
 class Canonical:
-    """One canonised graph with what depends on it: where its logits are, and arrays made from its constants."""
+    """One canonised graph with what depends on it: where its logits are, its layers, arrays made from its constants."""
 
     graph: Graph
     logits: str
     squash: str | None
+    key: Any  # the input's shape, the tensors kept, and whether BatchNormalization was folded
+    sessions: Recent  # the model's
     cache: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -56,6 +61,7 @@ class Model:
         preprocess, preprocess_source: how pictures become input, and where that is known from.
         labels: names of the classes.
         output: the graph output that is explained.
+        disk: where recorded explanations are kept; None where they are not.
     """
 
     def __init__(
@@ -64,7 +70,9 @@ class Model:
         preprocess: str | Preprocess | None = None,
         labels: str | Path | Sequence[str] | None = None,
         output: str | None = None,
+        cache: str | Path | None = None,
     ):
+        self.disk = disk_cache(cache)
         self._read: ReadModel = read(source)
         self.name = self._read.path.name if self._read.path else "model"
         self.sha256 = self._read.sha256
@@ -73,10 +81,16 @@ class Model:
         self.preprocess, self.preprocess_source = choose(preprocess, self.metadata, self.spec)
         self.labels = _labels(labels, self.metadata)
         self.output = _output_of(self._read.proto, output)
-        self._canonical: dict[Any, Canonical] = {}
+        self._canonical = Recent(GRAPHS)
+        self._sessions = Recent(SESSIONS)
 
     def __repr__(self) -> str:
         return f"<onnxcam.Model {self.name}: input {self.spec.name} {list(self.spec.shape)}, output {self.output}>"
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of all that the model is; `sha256` covers one file, where weights may lie in others."""
+        return self.sha256 if self._read.whole else hash_proto(self._read.proto)
 
     # -- graphs --------------------------------------------------------------------------------------------------
 
@@ -110,14 +124,16 @@ class Model:
         """The canonised graph for inputs of spatial `size`, in which the tensors `keep` survive as they are."""
         shape = self._shape(size)
         key = (shape, keep, fold_batchnorm)
-        if key not in self._canonical:
+
+        def make() -> Canonical:
             surgeon = canonise(
                 self._read.proto, shapes={self.spec.name: shape}, keep=keep, fold_batchnorm=fold_batchnorm
             )
             graph = Graph(surgeon)
             logits, squash = locate_logits(graph, self.output)
-            self._canonical[key] = Canonical(graph, logits, squash)
-        return self._canonical[key]
+            return Canonical(graph, logits, squash, key, self._sessions)
+
+        return self._canonical.get(key, make)
 
     def _shape(self, size: Size | None) -> tuple[int | str, ...]:
         """The input's shape with its spatial axes fixed and its batch as the file has it."""
@@ -224,6 +240,7 @@ def load(
     preprocess: str | Preprocess | None = None,
     labels: str | Path | Sequence[str] | None = None,
     output: str | None = None,
+    cache: str | Path | None = None,
 ) -> Model:
     """Read a model.
 
@@ -232,12 +249,13 @@ def load(
         preprocess: a preset's name or a `Preprocess`; by default what the file's metadata says, else a guess.
         labels: a file of class names or a list of them; by default what the file's metadata says.
         output: the graph output to explain; by default the first.
+        cache: a folder to keep recorded explanations in; by default what ONNXCAM_CACHE says, else none.
 
     Raises:
         UsageError: no such file, output, preset or label file.
         ModelError: the file is no model that can be explained.
     """
-    return Model(source, preprocess, labels, output)
+    return Model(source, preprocess, labels, output, cache)
 
 
 def _input_of(proto: onnx.ModelProto) -> InputSpec:

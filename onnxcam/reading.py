@@ -45,12 +45,14 @@ class ReadModel:
         path: where it was read from; None for bytes and protos.
         sha256: of the file's bytes (of the .onnx file only, where weights lie beside it), or of the serialised proto.
         metadata: the file's `metadata_props`.
+        whole: True where `sha256` covers the weights.
     """
 
     proto: onnx.ModelProto
     path: Path | None
     sha256: str
     metadata: dict[str, str] = field(default_factory=dict)
+    whole: bool = True
 
 
 def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
@@ -61,7 +63,7 @@ def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
         ModelError: it is one, but broken, for training, or of an opset that is not supported.
     """
     if isinstance(source, onnx.ModelProto):
-        proto, path, sha256, name, data = source, None, _hash_proto(source), "the model", None
+        proto, path, sha256, name, data = source, None, hash_proto(source), "the model", None
     elif isinstance(source, bytes):
         proto, path, name, data = _parse(source, "the model"), None, "the model", source
         sha256 = hashlib.sha256(source).hexdigest()
@@ -79,7 +81,7 @@ def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
     del data
     if proto.functions:
         proto = _inlined(proto, name)
-    return ReadModel(proto, path, sha256, {p.key: p.value for p in proto.metadata_props})
+    return ReadModel(proto, path, sha256, {p.key: p.value for p in proto.metadata_props}, not outside)
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -115,7 +117,8 @@ def _is_text(start: bytes) -> bool:
     return all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
 
 
-def _hash_proto(proto: onnx.ModelProto) -> str:
+def hash_proto(proto: onnx.ModelProto) -> str:
+    """SHA-256 of a model with its weights in memory."""
     try:
         return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
     except Exception:  # protobuf's EncodeError, or ValueError: past 2 GB, so weights and nodes one by one.

@@ -5,19 +5,23 @@ Both are made once for a model, an input size, a set of layers, a method and its
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 
+from onnxcam.cache import DiskCache, code_stamp, digest, frozen
 from onnxcam.check import no_classifier
 from onnxcam.compile import BALANCE, record, unreached
 from onnxcam.composites import Composite
 from onnxcam.engines.array import ArrayOps
 from onnxcam.engines.reference import ReferenceSession
-from onnxcam.engines.session import RuntimeSession
-from onnxcam.errors import ModelError
+from onnxcam.engines.session import RuntimeSession, Settings, first_line
+from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, NodeBalance
 from onnxcam.layers import Layer
 from onnxcam.methods import Method
@@ -60,9 +64,10 @@ class Batch:
 
 
 class Runner(Protocol):
-    """Runs one job; `providers` says where its forward pass runs."""
+    """Runs one job; `providers` says where its forward pass runs, `notes` what of it was not as asked for."""
 
     providers: list[str]
+    notes: list[str]
 
     def run(self, array: np.ndarray, codes: Sequence[int]) -> Batch:
         """Explain a batch (N, ...) for the targets that `codes` mean (see `targets`)."""
@@ -71,17 +76,19 @@ class Runner(Protocol):
 class ArrayRunner:
     """Forward in a session with taps, then the walk over arrays: the reference."""
 
-    def __init__(self, job: Job, ops: ArrayOps, dtype: str, providers: Sequence[str]):
-        self.job, self.ops = job, ops
-        cache = job.canonical.cache
-        key = ("session", tuple(job.tensors), dtype, tuple(providers))
-        if key not in cache:
-            taps = needed_taps(job.canonical.graph, job.tensors, job.canonical.logits)
-            model = expose(job.canonical.graph, taps)
-            cache[key] = ReferenceSession(model, taps) if dtype == "float64" else RuntimeSession(model, taps, providers)
-        self.session: RuntimeSession | ReferenceSession = cache[key]
+    def __init__(self, job: Job, ops: ArrayOps, dtype: str, settings: Settings):
+        self.job, self.ops, self.dtype, self.settings = job, ops, dtype, settings
+        key = ("taps", job.canonical.key, tuple(job.tensors), dtype, settings)
+        self.session: RuntimeSession | ReferenceSession = job.canonical.sessions.get(key, self._load)
         self.providers = self.session.providers
-        self._constants: dict[Any, Any] = cache.setdefault(("constants", ops.xp.__name__, dtype), {})
+        self.notes: list[str] = list(getattr(self.session, "notes", ()))
+        self._constants: dict[Any, Any] = job.canonical.cache.setdefault(("constants", ops.xp.__name__, dtype), {})
+
+    def _load(self) -> RuntimeSession | ReferenceSession:
+        canonical = self.job.canonical
+        taps = needed_taps(canonical.graph, self.job.tensors, canonical.logits)
+        model = expose(canonical.graph, taps)
+        return ReferenceSession(model, taps) if self.dtype == "float64" else RuntimeSession(model, taps, self.settings)
 
     def run(self, array: np.ndarray, codes: Sequence[int]) -> Batch:
         job, ops, name = self.job, self.ops, self.job.canonical.logits
@@ -108,50 +115,84 @@ class ArrayRunner:
         return Batch(maps, classes, logits, Conservation(*_start_sums(relevance), sums, nodes))
 
 
-@dataclass
-class RecordedRunner:
-    """The explanation as one ONNX model, recorded anew for each number of targets."""
+RECORDING = "onnxcam.recording"  # the metadata of a recorded model that says what its inputs and outputs are
 
-    job: Job
-    providers: list[str]
-    balances: bool = True
-    notes: list[str] = field(default_factory=list)
+
+class RecordedRunner:
+    """The explanation as one ONNX model, recorded anew for each number of targets.
+
+    Sessions are kept with the model. What they run is kept on disk as well, where there is a folder for it.
+    """
+
+    def __init__(self, job: Job, settings: Settings, disk: DiskCache | None = None, content: str = ""):
+        self.job, self.settings, self.disk, self.content = job, settings, disk, content
+        self.providers: list[str] = []
+        self.notes: list[str] = []
 
     def run(self, array: np.ndarray, codes: Sequence[int]) -> Batch:
         job = self.job
-        session, maps, balanced = self._session(len(codes), max([1, *(-c for c in codes)]))
-        targets = np.tile(np.array(codes, np.int64), (len(array), 1))
-        out = session.run({job.input: array, "targets": targets})
-        logits = finite(out["logits"], f"logits ({job.canonical.logits!r})")
-        classes = out["classes"]
-        relevance = job.start(logits, classes)
-        nodes = []
-        if balanced:
-            rows = out[BALANCE].astype(np.float64)
-            nodes = [NodeBalance(*who, *rows[i]) for i, who in enumerate(balanced)]
-        sums = {name: out[f"sum/{name}"].astype(np.float64) for name in job.layers}
-        return Batch(
-            {name: out[name] for name in maps}, classes, logits, Conservation(*_start_sums(relevance), sums, nodes)
+        count, ranks = len(codes), max([1, *(-c for c in codes)])
+        what = (job.canonical.key, self._what(), count, ranks)
+        session, names = job.canonical.sessions.get(
+            ("recorded", frozen(what), self.settings), lambda: self._load(what, count, ranks)
         )
-
-    def _session(self, count: int, ranks: int) -> tuple[RuntimeSession, list[str], list[tuple[str, str, str]]]:
-        job, cache = self.job, self.job.canonical.cache
-        what = (tuple(job.layers.items()), job.method, id(job.rules), job.start)
-        key = ("recorded", what, count, ranks, self.balances, tuple(self.providers))
-        if key not in cache:
-            made = record(
-                job.canonical, job.layers, job.method, job.rules, job.start, count=count, ranks=ranks, sums=True,
-                balances=self.balances,
-            )  # fmt: skip
-            names = [o.name for o in made.proto.graph.output]
-            meant = {output: name for name, output in made.maps.items()}
-            taps = ["logits", "classes", *(meant.get(name, name) for name in names[2:])]
-            # The rules are kept with the session so that their identity cannot be taken by others.
-            cache[key] = (RuntimeSession(made.proto, taps, self.providers), list(made.maps), made.balanced, job.rules)
-            self.notes += [note for note in made.notes if note not in self.notes]
-        session, maps, balanced, _ = cache[key]
         self.providers = session.providers
-        return session, maps, balanced
+        self.notes += [note for note in session.notes if note not in self.notes]
+        out = session.run({job.input: array, names["targets"]: np.tile(np.array(codes, np.int64), (len(array), 1))})
+        logits, classes = finite(out[names["logits"]], f"logits ({job.canonical.logits!r})"), out[names["classes"]]
+        nodes = []
+        if names["balanced"]:
+            rows = out[BALANCE].astype(np.float64)
+            nodes = [NodeBalance(*who, *rows[i]) for i, who in enumerate(names["balanced"])]
+        sums = {name: out[f"sum/{name}"].astype(np.float64) for name in job.layers}
+        maps = {name: out[names["maps"][name]] for name in job.layers}
+        begun = _start_sums(job.start(logits, classes))
+        return Batch(maps, classes, logits, Conservation(*begun, sums, nodes))
+
+    def _what(self) -> tuple[Any, ...]:
+        """What a recording depends on, beside the graph and the targets."""
+        job = self.job
+        layers = [(name, layer.node, layer.tensor) for name, layer in job.layers.items()]
+        return layers, job.canonical.logits, job.method, job.rules, job.start
+
+    def _load(self, what: Any, count: int, ranks: int) -> tuple[RuntimeSession, dict[str, Any]]:
+        key = None if self.disk is None else digest(code_stamp(), self.content, what)
+        if self.disk is None or key is None:
+            return self._opened(self._record(count, ranks))
+        if (path := self.disk.find(key)) is not None:
+            try:
+                return self._opened(path)
+            except (ModelError, LookupError, ValueError) as error:
+                if path.exists():  # else another process has just removed it
+                    self.notes.append(f"{path} cannot be used and is recorded anew: {first_line(error)}")
+        model = self._record(count, ranks).SerializeToString()
+        try:
+            self.disk.store(key, model)
+        except UsageError as error:
+            self.notes.append(f"nothing is kept in the cache: {error}")
+        return self._opened(model)
+
+    def _opened(self, model: onnx.ModelProto | bytes | Path) -> tuple[RuntimeSession, dict[str, Any]]:
+        session = RuntimeSession(model, settings=self.settings)
+        names: dict[str, Any] = json.loads(session.metadata[RECORDING])
+        return session, names
+
+    def _record(self, count: int, ranks: int) -> onnx.ModelProto:
+        job = self.job
+        made = record(
+            job.canonical, job.layers, job.method, job.rules, job.start, count=count, ranks=ranks, sums=True,
+            balances=job.rules.conserves,
+        )  # fmt: skip
+        graph = made.proto.graph
+        names = {
+            "targets": graph.input[-1].name,
+            "logits": graph.output[0].name,
+            "classes": graph.output[1].name,
+            "maps": made.maps,
+            "balanced": made.balanced,
+        }
+        made.proto.metadata_props.add(key=RECORDING, value=json.dumps(names))
+        return made.proto
 
 
 def as_rows(logits: np.ndarray, images: int) -> np.ndarray | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +48,20 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )  # fmt: skip
     run.add_argument(
         "--provider", metavar="P", action="append", dest="providers",
-        help=f"execution provider of the forward pass: {', '.join(PROVIDERS)}; may be repeated (default: cpu)",
+        help=f"execution providers in order of preference, repeated or with commas: {', '.join(PROVIDERS)}, auto, full "
+        "names, cuda:1 for a device (default: cpu)",
+    )  # fmt: skip
+    run.add_argument(
+        "--threads", metavar="N", type=_number_of("threads"), help="threads (default: as ONNX Runtime chooses)"
+    )
+    run.add_argument(
+        "--cache", metavar="DIR",
+        help="keep recorded explanations there for the next time (default: what ONNXCAM_CACHE says, else nowhere)",
     )  # fmt: skip
     run.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="float64 is slow, for checks")
-    run.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="pictures at a time (default: 8)")
+    run.add_argument(
+        "--batch-size", metavar="N", type=_number_of("pictures"), default=8, help="pictures at a time (default: 8)"
+    )
     out = p.add_argument_group("output")
     out.add_argument("--out", "-o", metavar="DIR", default="onnxcam-out", help="where to write (default: onnxcam-out)")
     out.add_argument(
@@ -77,7 +87,8 @@ def run_explain(arguments: argparse.Namespace) -> int:
             start=arguments.start,
             engine=arguments.engine,
             dtype=arguments.dtype,
-            providers=arguments.providers or ["cpu"],
+            providers=arguments.providers or "cpu",
+            threads=arguments.threads,
             batch_size=arguments.batch_size,
             progress=progress.update,
         )
@@ -110,10 +121,13 @@ def find_pictures(sources: Sequence[str]) -> list[str]:
     return found
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pictures")
-    return int(text)
+def _number_of(what: str) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of {what}")
+        return int(text)
+
+    return number
 
 
 class _Progress:

@@ -29,7 +29,12 @@ def add_preprocess(parser: argparse.ArgumentParser) -> None:
 
 def load_model(arguments: argparse.Namespace) -> Model:
     """The model that the options describe."""
-    model = load(arguments.model, labels=getattr(arguments, "labels", None), output=arguments.output)
+    model = load(
+        arguments.model,
+        labels=getattr(arguments, "labels", None),
+        output=arguments.output,
+        cache=getattr(arguments, "cache", None),
+    )
     if hasattr(arguments, "preprocess"):
         overrides = {
             "mean": arguments.mean,

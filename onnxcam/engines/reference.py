@@ -88,7 +88,7 @@ def _replacements() -> list[Any]:
 
         op_domain = ""
 
-        def _run(  # type: ignore[no-untyped-def, override]
+        def _run(  # type: ignore[no-untyped-def]
             self, X, W, B=None, auto_pad=None, dilations=None, group=None, kernel_shape=None, output_padding=None,
             output_shape=None, pads=None, strides=None,
         ):  # fmt: skip
@@ -121,15 +121,26 @@ def _replacements() -> list[Any]:
             # The evaluator's own Indices are wrong where all strides are 1 (onnx 1.23).
             return (y,) if len(self.onnx_node.output) == 1 else (y, _places(x, window))
 
-    def _places(x: np.ndarray, window: Window) -> np.ndarray:
+    def _places(x: Any, window: Window) -> np.ndarray:
         """The flat index into `x` of the first maximum of each window."""
         size = x.shape[2:]
         border = [(0, 0), (0, 0), *zip(window.begin, window.end, strict=True)]
-        padded = np.pad(x, border, constant_values=-np.inf)
-        places = np.pad(np.arange(x.size).reshape(x.shape), border)
+        padded: Any = np.pad(x, border, constant_values=-np.inf)
+        places: Any = np.pad(np.arange(x.size).reshape(x.shape), border)
         taps = list(window.taps(window.output(size)))
         won = np.argmax([padded[(..., *tap)] for tap in taps], axis=0)
         return np.take_along_axis(np.array([places[(..., *tap)] for tap in taps]), won[None], 0)[0]
+
+    class LRN(OpRun):
+        """The evaluator's own counts images where it means channels (onnx 1.23)."""
+
+        op_domain = ""
+
+        def _run(self, x, alpha=None, beta=None, bias=None, size=None):  # type: ignore[no-untyped-def]
+            below = (size - 1) // 2
+            distance = np.arange(x.shape[1])[None] - np.arange(x.shape[1])[:, None]
+            window = ((distance >= -below) & (distance <= size - 1 - below)).astype(np.float64)
+            return (x / (bias + alpha / size * ops.along(x * x, window, 1 - x.ndim)) ** beta,)
 
     class Erf(OpRun):
         op_domain = ""
@@ -145,4 +156,4 @@ def _replacements() -> list[Any]:
                 return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
             return (0.5 * x * (1 + erf(x / math.sqrt(2))),)
 
-    return [Conv, ConvTranspose, MaxPool, Erf, Gelu]
+    return [Conv, ConvTranspose, MaxPool, LRN, Erf, Gelu]

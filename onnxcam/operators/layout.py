@@ -76,15 +76,19 @@ def split(node: Node) -> Operator:
     """Sizes are an attribute up to opset 12, input 1 after; without them parts are even, the last takes the rest."""
 
     def route(at: At, rs: Relevances) -> list[Share]:
-        shape = list(at.shape(0))
+        shape = at.shape(0)
         axis = _axis(node.attr("axis", 0), len(shape))
         sizes = at.ints(1) if node.opset >= 13 else node.attr("split")
-        targets = next(r.shape[0] for r in rs if r is not None)
-        parts = []
-        for r, size in zip(rs, sizes or _even_sizes(shape[axis], len(rs)), strict=True):
-            shape[axis] = size
-            parts.append(r if r is not None else at.ops.zeros((targets, *shape)))
-        return [(0, at.ops.concat(parts, axis))]
+        sizes = sizes or _even_sizes(shape[axis], len(rs))
+        if all(r is not None for r in rs):
+            return [(0, at.ops.concat(rs, axis))]
+        starts = np.cumsum([0, *sizes])
+        parts = [
+            at.ops.scatter_add(r, np.arange(start, start + size), axis, shape[axis])
+            for r, start, size in zip(rs, starts, sizes, strict=False)
+            if r is not None
+        ]
+        return [(0, sum(parts[1:], parts[0]))]
 
     return Routing(route)
 

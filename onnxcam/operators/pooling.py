@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from onnxcam.engines.window import Window
+from onnxcam.errors import ModelError
 from onnxcam.graph import Node
 from onnxcam.operators.geometry import pool_window
 from onnxcam.operators.kinds import Array, At, Averaging, Operator, Relevances, Routing, Share
@@ -30,13 +31,30 @@ def divisors(window: Window, stated_end: tuple[int, ...], size: tuple[int, ...],
     return np.maximum(out, 1)
 
 
+def _geometry(node: Node, at: At) -> tuple[Window, tuple[int, ...]]:
+    """The window, and the end pads as the file states them.
+
+    Raises:
+        ModelError: the shape that was inferred is not what is computed, so that nothing can be recorded on it.
+    """
+    window, stated = pool_window(node, at.shape(0)[2:])
+    said, real = tuple(at.output_shape()[2:]), window.output(at.shape(0)[2:])
+    if said != real:
+        raise ModelError(
+            f"node {node.name!r}: ONNX infers an output of {said} for this {node.op_type} with ceil_mode, where {real} "
+            "is computed, as before opset 22 it counts windows that start in the padding; raise the opset of the file, "
+            "or use --engine numpy"
+        )
+    return window, stated
+
+
 @operator("AveragePool")
 def average_pool(node: Node) -> Operator:
     include_pad = bool(node.attr("count_include_pad", 0))
 
     def geometry(at: At) -> tuple[Window, tuple[int, ...], Array]:
         size = at.shape(0)[2:]
-        window, stated = pool_window(node, size)
+        window, stated = _geometry(node, at)
         return window, size, at.ops.asarray(divisors(window, stated, size, include_pad))
 
     def apply(at: At, x: Array) -> Array:
@@ -88,7 +106,7 @@ def norm(p: float, total: Callable[[At, Array], Array], spread: Callable[[At, Ar
 @operator("LpPool")
 def lp_pool(node: Node) -> Operator:
     def window(at: At) -> Window:
-        return pool_window(node, at.shape(0)[2:])[0]
+        return _geometry(node, at)[0]
 
     return norm(
         float(node.attr("p", 2)),
@@ -113,7 +131,7 @@ def max_pool(node: Node) -> Operator:
     def route(at: At, rs: Relevances) -> list[Share]:
         if rs[0] is None:
             return []
-        window, _ = pool_window(node, at.shape(0)[2:])
+        window, _ = _geometry(node, at)
         return [(0, at.ops.window_max_adjoint(rs[0], at.input(0), at.output(0), window))]
 
     return Routing(route)
