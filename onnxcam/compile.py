@@ -31,6 +31,7 @@ from onnxcam.operators.kinds import Array
 from onnxcam.propagate import walk
 from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import Start, start as find_start
+from onnxcam.taps import detach
 from onnxcam.targets import Target, target_codes
 
 if TYPE_CHECKING:
@@ -192,12 +193,14 @@ def compile(
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded model, layer name to output name, notes, and (node, op type, rule) of each row of its balances."""
+    """A recorded model, layer name to output name, notes, (node, op type, rule) of each row of its balances, and the
+    weights that were left out of the model."""
 
     proto: onnx.ModelProto
     maps: dict[str, str]
     notes: list[str]
     balanced: list[tuple[str, str, str]]
+    weights: dict[str, np.ndarray]
 
 
 def record(
@@ -214,12 +217,13 @@ def record(
     ranks: int = 1,
     sums: bool = False,
     balances: bool = False,
+    detached: bool = False,
 ) -> Recording:
     """Record forward, start, walk and combination.
 
     `ranks` is how many of the most likely classes targets may ask for. `sums` adds outputs `sum/<layer>`, (N, T): the
     relevance that arrived there. `balances` adds `balance`, (nodes, 3, N, T): what every node received and handed on,
-    and the magnitude of what it received.
+    and the magnitude of what it received. `detached` leaves the large weights out of the model, beside it.
     """
     graph, notes = _raised(canonical.graph)
     surgeon = graph.surgeon.copy()
@@ -261,8 +265,9 @@ def record(
     surgeon.outputs = outputs
     with G_LOGGER.suppress():
         tidy(surgeon, frozenset())
+        weights = detach(surgeon) if detached else {}
         proto = gs.export_onnx(surgeon, do_type_check=False)
-    return Recording(proto, names, notes, [(b.node, b.op_type, b.rule) for b in flow.balances])
+    return Recording(proto, names, notes, [(b.node, b.op_type, b.rule) for b in flow.balances], weights)
 
 
 def unreached(layer: str, rules: Composite) -> str:

@@ -21,3 +21,7 @@ class ModelError(OnnxcamError):
     """The model itself cannot be read or explained: a broken file, an operator that onnxcam does not know."""
 
     exit_code = 3
+
+
+class EngineError(ModelError):
+    """An engine cannot do what it is asked to do; the walk adds at which node that was."""

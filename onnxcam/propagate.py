@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcam.composites import Composite, describe
+from onnxcam.errors import EngineError, ModelError
 from onnxcam.graph import Graph, Node
 from onnxcam.operators import lookup
 from onnxcam.operators.kinds import Array, At, Values
@@ -154,6 +155,9 @@ def walk(
     """The walk itself, on arrays of any engine: `propagate` with the values of a forward pass at hand.
 
     `balance=False` leaves out the sums over every node.
+
+    Raises:
+        ModelError: relevance reaches a node without an operator, or one that the engine cannot do; the message names it.
     """
     ops = values.ops
     held: dict[str, Array] = dict(starts)
@@ -170,7 +174,10 @@ def walk(
             continue
         operator = lookup(node)
         rule = composite.rule_for(operator, node.op_type, node.name in firsts)
-        shares = rule(At(node, values), operator, arrived)
+        try:
+            shares = rule(At(node, values), operator, arrived)
+        except EngineError as error:
+            raise ModelError(f"node {node.name!r} ({node.op_type}): {error}") from error
         for i, share in shares:
             name = node.inputs[i]
             held[name] = held[name] + share if name in held else share

@@ -6,7 +6,7 @@ Both are made once for a model, an input size, a set of layers, a method and its
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,30 +158,32 @@ class RecordedRunner:
     def _load(self, what: Any, count: int, ranks: int) -> tuple[RuntimeSession, dict[str, Any]]:
         key = None if self.disk is None else digest(code_stamp(), self.content, what)
         if self.disk is None or key is None:
-            return self._opened(self._record(count, ranks))
+            return self._opened(*self._record(count, ranks, detached=True))
         if (path := self.disk.find(key)) is not None:
             try:
                 return self._opened(path)
             except (ModelError, LookupError, ValueError) as error:
                 if path.exists():  # else another process has just removed it
                     self.notes.append(f"{path} cannot be used and is recorded anew: {first_line(error)}")
-        model = self._record(count, ranks).SerializeToString()
+        model = self._record(count, ranks)[0].SerializeToString()
         try:
             self.disk.store(key, model)
         except UsageError as error:
             self.notes.append(f"nothing is kept in the cache: {error}")
         return self._opened(model)
 
-    def _opened(self, model: onnx.ModelProto | bytes | Path) -> tuple[RuntimeSession, dict[str, Any]]:
-        session = RuntimeSession(model, settings=self.settings)
+    def _opened(
+        self, model: onnx.ModelProto | bytes | Path, weights: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[RuntimeSession, dict[str, Any]]:
+        session = RuntimeSession(model, settings=self.settings, weights=weights)
         names: dict[str, Any] = json.loads(session.metadata[RECORDING])
         return session, names
 
-    def _record(self, count: int, ranks: int) -> onnx.ModelProto:
+    def _record(self, count: int, ranks: int, detached: bool = False) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
         job = self.job
         made = record(
             job.canonical, job.layers, job.method, job.rules, job.start, count=count, ranks=ranks, sums=True,
-            balances=job.rules.conserves,
+            balances=job.rules.conserves, detached=detached,
         )  # fmt: skip
         graph = made.proto.graph
         names = {
@@ -192,7 +194,7 @@ class RecordedRunner:
             "balanced": made.balanced,
         }
         made.proto.metadata_props.add(key=RECORDING, value=json.dumps(names))
-        return made.proto
+        return made.proto, made.weights
 
 
 def as_rows(logits: np.ndarray, images: int) -> np.ndarray | None:

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcam.graph import Graph
+
+LARGE = 4096  # bytes from which on a weight is worth handing over beside the model
+
+
+def detach(surgeon: gs.Graph) -> dict[str, np.ndarray]:
+    """Take the large weights out of a graph that is about to be exported, so that they are never copied.
+
+    Each leaves a tensor that claims to lie in a file; a session is given the arrays instead. The graph must be a copy
+    made for exporting: its constants cannot be read any more.
+    """
+    weights: dict[str, np.ndarray] = {}
+    for name, tensor in surgeon.tensors().items():
+        if not isinstance(tensor, gs.Constant) or tensor.values.nbytes < LARGE or tensor.values.dtype.kind not in "fiu":
+            continue
+        values = np.ascontiguousarray(tensor.values)
+        stub = onnx.TensorProto(name=name, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL)
+        stub.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):
+            stub.external_data.add(key=key, value=value)
+        tensor._values = LazyValues(stub)
+        weights[name] = values
+    return weights
 
 
 def expose(graph: Graph, tensors: Sequence[str]) -> onnx.ModelProto:

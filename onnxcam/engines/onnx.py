@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnxcam.engines.recorder import Recorder
 from onnxcam.engines.symbols import BATCH, Dim, Shape, Symbol, replaced
 from onnxcam.engines.window import Window
-from onnxcam.errors import ModelError
+from onnxcam.errors import EngineError
 
 __all__ = ["BATCH", "RecorderOps", "Symbol"]
 
@@ -255,5 +255,5 @@ class RecorderOps(Recorder):
 def _sizes(x: Symbol, window: Window) -> tuple[int, ...]:
     size = x.shape[-window.rank :]
     if not all(isinstance(n, int) for n in size):
-        raise ModelError(f"spatial size {size} is not known: give the input's size")
+        raise EngineError(f"spatial size {size} is not known: give the input's size")
     return size  # type: ignore[return-value]

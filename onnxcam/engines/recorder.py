@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcam.engines.symbols import Dim, Shape, Symbol, broadcast_shapes, replaced
-from onnxcam.errors import ModelError
+from onnxcam.errors import EngineError
 
 
 class Recorder:
@@ -92,12 +92,12 @@ class Recorder:
         return self._lift(np.asarray(value, np.float32))
 
     def to_host(self, value: Any) -> Any:
-        raise ModelError("a recorded value has no numbers yet")
+        raise EngineError("a recorded value has no numbers yet")
 
     def zeros(self, shape: Sequence[Dim]) -> Symbol:
         if all(isinstance(n, int) for n in shape):
             return self.asarray(np.zeros(tuple(shape), np.float32))  # type: ignore[arg-type]
-        raise ModelError("zeros of an unknown batch cannot be recorded; use --engine numpy")
+        raise EngineError("zeros of an unknown batch cannot be recorded: fix the batch, or use --engine numpy")
 
     def zeros_like(self, x: Symbol) -> Symbol:
         return self._filled(x, 0.0)
@@ -192,7 +192,7 @@ class Recorder:
             if keepdims or i - len(x.shape) not in from_end
         )
         if x.bare and from_end[0] == -len(x.shape):
-            raise ModelError("the axis of targets cannot be reduced while recording")
+            raise EngineError("the axis of targets cannot be reduced while recording")
         if self.graph.opset >= (13 if op == "ReduceSum" else 18):
             return self.record(
                 op, [x, np.array(from_end, np.int64)], shape, bare=x.bare, positive=positive, keepdims=int(keepdims)
@@ -215,7 +215,7 @@ class Recorder:
         target = shape[1:] if bare else shape
         unknown = [i for i, n in enumerate(target) if not isinstance(n, int)]
         if len(unknown) > 1:
-            raise ModelError(f"a reshape to {target} has two unknown axes: use --engine numpy, or fix the batch")
+            raise EngineError(f"a reshape to {target} has two unknown axes: use --engine numpy, or fix the batch")
         sizes = np.array([n if isinstance(n, int) else -1 for n in target], np.int64)
         return self.record("Reshape", [x, sizes], shape, bare=bare, positive=x.positive)
 
@@ -233,7 +233,7 @@ class Recorder:
         if r.shape == full:
             return r
         if any(a == 1 and not isinstance(b, int) for a, b in zip(r.shape, full, strict=True)):
-            raise ModelError("repeating along an unknown batch cannot be recorded; use --engine numpy")
+            raise EngineError("repeating along an unknown batch cannot be recorded: fix the batch, or use --engine numpy")
         sizes = [n if isinstance(n, int) else 1 for n in (shape if r.bare else full)]
         return self.record("Expand", [r, np.array(sizes, np.int64)], full, bare=r.bare, positive=r.positive)
 

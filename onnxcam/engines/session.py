@@ -108,6 +108,7 @@ class RuntimeSession:
         taps: Sequence[str] | None = None,
         settings: Settings | None = None,
         bound: bool | None = None,
+        weights: Mapping[str, np.ndarray] | None = None,
     ):
         ort = onnxruntime()
         settings = settings or Settings()
@@ -116,6 +117,9 @@ class RuntimeSession:
         options.log_severity_level = 3
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
+        if weights:
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         try:
             self._session = ort.InferenceSession(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from onnxcam.errors import ModelError
+from onnxcam.errors import EngineError
 
 if TYPE_CHECKING:
     from onnxcam.engines.recorder import Recorder
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 class _Unknown(str):
     """The length of an axis that is not known while recording: it has a name and no arithmetic."""
 
-    def _refuse(self, _: object) -> Any:
-        raise ModelError("this depends on how many images there are in a batch: fix the batch, or use --engine numpy")
+    __array_ufunc__ = None  # NumPy arrays leave the arithmetic to us
 
-    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
+    def _refuse(self, _: object = None) -> Any:
+        raise EngineError("this depends on how many images there are in a batch: fix the batch, or use --engine numpy")
+
+    __index__ = __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
 
 
 BATCH = _Unknown("N")

@@ -98,6 +98,10 @@ def _even_sizes(total: int, count: int) -> list[int]:
     return [min(part, total - i * part) for i in range(count)]
 
 
+# Exporters write at least this where an axis is taken to its end; it may be one of unknown length.
+WHOLE = 2**31 - 1
+
+
 @operator("Slice")
 def slice_(node: Node) -> Operator:
     """Bounds are attributes up to opset 9, inputs after; any step, negative ones too."""
@@ -112,8 +116,10 @@ def slice_(node: Node) -> Operator:
         steps = steps if steps is not None else [1] * len(starts)
         sizes = list(at.output_shape())
         for start, end, axis, step in reversed(list(zip(starts, ends, axes, steps, strict=True))):
+            if start == 0 and step == 1 and end >= WHOLE:
+                continue
             axis = _axis(axis, len(shape))
-            index = np.arange(shape[axis])[start:end:step]
+            index = np.array(range(shape[axis])[start:end:step], np.int64)
             sizes[axis] = shape[axis]
             r = at.ops.scatter_add(r, index, axis, shape[axis])
         return r
