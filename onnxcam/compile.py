@@ -58,12 +58,15 @@ class _Recorded:
     def host(self, tensor: str) -> np.ndarray:
         constant = self.graph.constants.get(tensor)
         if constant is None:
-            node = self.graph.producer(tensor)
             raise ModelError(
-                f"tensor {tensor!r}{f' of node {node.name!r} ({node.op_type})' if node else ''} is only known when the "
-                "model runs, so what depends on it cannot be compiled; explain with --engine numpy"
+                f"{self._described(tensor)} is only known when the model runs, so what depends on it cannot be "
+                "compiled; explain with --engine numpy"
             )
         return constant
+
+    def _described(self, tensor: str) -> str:
+        node = self.graph.producer(tensor)
+        return f"tensor {tensor!r}" + (f" of node {node.name!r} ({node.op_type})" if node else "")
 
     def shape(self, tensor: str) -> Any:
         constant = self.graph.constants.get(tensor)
@@ -71,7 +74,10 @@ class _Recorded:
             return constant.shape
         shape = self.graph.shape(tensor)
         if shape is None or any(not isinstance(n, int) for n in shape[1:]):
-            raise ModelError(f"the shape of tensor {tensor!r} is not known: it cannot be compiled; use --engine numpy")
+            raise ModelError(
+                f"the shape of {self._described(tensor)} is not known, so it cannot be compiled; explain with "
+                "--engine numpy"
+            )
         return tuple(n if isinstance(n, int) else BATCH for n in shape)
 
     def precise(self, tensor: str) -> bool:

@@ -157,7 +157,7 @@ def walk(
     `balance=False` leaves out the sums over every node.
 
     Raises:
-        ModelError: relevance reaches a node without an operator, or one that the engine cannot do; the message names it.
+        ModelError: relevance reaches a node without an operator, or one beyond the engine; the message names it.
     """
     ops = values.ops
     held: dict[str, Array] = dict(starts)

@@ -21,7 +21,7 @@ from oracles import matrices
 from oracles.torch_models import export, export_keeping_batchnorm, load_seeded
 from oracles.weights import images
 from torchvision import models
-from walking import Walker, as_written, canonised, network, relative
+from walking import ENGINES, Walker, as_written, canonised, carry, network, relative
 
 from onnxcam import authors
 from onnxcam.composites import COMPOSITES, Composite
@@ -56,9 +56,11 @@ def seeded(name: str) -> torch.nn.Module:
     return load_seeded(model.to_empty(device="cpu"))
 
 
-def relevance_cam(graph: Graph, x: np.ndarray, layers: dict[str, str], *composites: Composite) -> list[Maps]:
+def relevance_cam(
+    graph: Graph, x: np.ndarray, layers: dict[str, str], *composites: Composite, engine: str = "numpy"
+) -> list[Maps]:
     """For each composite, maps (2, 1, h, w): the sum over channels of mean relevance times activation."""
-    walker = Walker(graph, list(layers.values()), "logits", "float32")
+    walker = Walker(graph, list(layers.values()), "logits", "float32", engine)
     values = walker.forward({"input": x})
     start = STARTS["contrast"](values["logits"], TARGETS)
     found = []
@@ -78,27 +80,28 @@ def assert_maps(name: str, maps: Maps, tolerances: dict[str, float] | None = Non
         assert relative(got, REFERENCE[f"{name}.{layer}"]) <= (tolerances or {}).get(layer, TOLERANCE), layer
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "layers"), [("resnet18", RESNET18), ("resnet50", RESNET50)])
 class TestResNet:
     def test_the_composite_of_the_authors_gives_their_maps_where_the_file_keeps_batchnorm(
-        self, name: str, layers: dict[str, str]
+        self, name: str, layers: dict[str, str], engine: str
     ) -> None:
         x = images(96)
         graph = canonised(export_keeping_batchnorm(seeded(name), x), fold_batchnorm=AUTHORS.fold_batchnorm)
-        assert_maps(name, relevance_cam(graph, x, layers, AUTHORS)[0])
+        assert_maps(name, relevance_cam(graph, x, layers, AUTHORS, engine=engine)[0])
 
     def test_the_default_composite_gives_them_where_the_exporter_folded_batchnorm(
-        self, name: str, layers: dict[str, str]
+        self, name: str, layers: dict[str, str], engine: str
     ) -> None:
         x = images(96)
-        assert_maps(name, relevance_cam(canonised(export(seeded(name), x)), x, layers, DEFAULT)[0])
+        assert_maps(name, relevance_cam(canonised(export(seeded(name), x)), x, layers, DEFAULT, engine=engine)[0])
 
     def test_the_default_composite_gives_them_where_onnxcam_folds_batchnorm(
-        self, name: str, layers: dict[str, str]
+        self, name: str, layers: dict[str, str], engine: str
     ) -> None:
         x = images(96)
         graph = canonised(export_keeping_batchnorm(seeded(name), x), fold_batchnorm=DEFAULT.fold_batchnorm)
-        assert_maps(name, relevance_cam(graph, x, layers, DEFAULT)[0])
+        assert_maps(name, relevance_cam(graph, x, layers, DEFAULT, engine=engine)[0])
 
 
 def without_bias(at: Any, operator: Any, rs: Any) -> Any:
@@ -113,8 +116,10 @@ def vgg() -> Iterator[dict[str, Maps]]:
     file: onnx.ModelProto = export_keeping_batchnorm(seeded("vgg11_bn"), x)
     unbiased = replace(AUTHORS, rules=dict(AUTHORS.rules) | {"linear": without_bias})
     kept, less = relevance_cam(canonised(file, fold_batchnorm=False), x, VGG11_BN, AUTHORS, unbiased)
-    (folded,) = relevance_cam(canonised(file), x, VGG11_BN, DEFAULT)
-    yield {"authors": kept, "authors without bias": less, "default": folded}
+    graph = canonised(file)
+    (folded,) = relevance_cam(graph, x, VGG11_BN, DEFAULT)
+    (recorded,) = relevance_cam(graph, x, VGG11_BN, DEFAULT, engine="onnx")
+    yield {"authors": kept, "authors without bias": less, "default": folded, "default, recorded": recorded}
 
 
 class TestVGG:
@@ -127,7 +132,8 @@ class TestVGG:
 
     def test_the_default_composite_gives_them_where_batchnorm_is_folded(self, vgg: dict[str, Maps]) -> None:
         """In the earliest layer the authors' bias shows: 2.0e-3, exactly so in float64 too, and see the next test."""
-        assert_maps("vgg11_bn", vgg["default"], {"features10": 3e-3})
+        for engine in ("default", "default, recorded"):
+            assert_maps("vgg11_bn", vgg[engine], {"features10": 3e-3})
 
     def test_nothing_but_the_bias_of_the_authors_keeps_the_default_from_their_maps(self, vgg: dict[str, Maps]) -> None:
         for layer, reference in vgg["authors without bias"].items():
@@ -138,9 +144,13 @@ class TestVGG:
 
 
 def at_node(text: str, x: np.ndarray, y: np.ndarray, r: np.ndarray, **weights: np.ndarray) -> np.ndarray:
-    """Relevance at "x" of a single node that makes "y"."""
+    """Relevance at "x" of a single node that makes "y": the same on both engines, to rounding."""
     graph = as_written(network(text, **weights))
-    return propagate(graph, {"x": x, "y": y}, {"y": r}, ["x"], AUTHORS, ArrayOps(np, "float64")).relevance["x"]
+    array, recorded = (
+        carry(engine, graph, {"x": x, "y": y}, {"y": r}, ["x"], AUTHORS).relevance["x"] for engine in ENGINES
+    )
+    np.testing.assert_allclose(recorded, array, rtol=1e-12, atol=1e-12)
+    return array
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:

@@ -176,6 +176,7 @@ MAPS = {
         "y = AveragePool<kernel_shape=[3,2], strides=[2,2], pads=[1,0,1,1], count_include_pad=1, ceil_mode=1>(x)",
         (2, 2, 6, 4),
         average=True,
+        opset=22,  # shape inference of older opsets counts a window that starts in the padding, which nobody computes
     ),
     "GlobalAveragePool": Map("y = GlobalAveragePool(x)", (2, 3, 3, 4), average=True),
     "ReduceMean": Map("y = ReduceMean<axes=[2,-1], keepdims=0>(x)", (2, 3, 3, 4), average=True),
@@ -286,16 +287,14 @@ def test_a_rule_shares_as_its_matrix_says(name: str, rule: str, sign: str, engin
     assert_agrees(name, *RULES[rule], sign, engine)
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if "absorb" in r or "bias" not in r])
+@pytest.mark.parametrize("rule", ["z-box", *(r for r in RULES if r.endswith("absorb") and "flat" not in r)])
 @pytest.mark.parametrize("name", MAPS)
 def test_a_recorded_rule_gives_in_onnx_runtime_what_the_array_engine_gives(name: str, rule: str) -> None:
-    """Float32 against float64, one target and three: 1e-5 of the largest relevance where no denominator mixes signs;
-    where one does it cancels down to 1e-2 of its terms or so, and 1e-3 is asked."""
+    """Float32 against float64, hence 1e-5 of the largest relevance."""
     s, composite = setting(name, "mixed"), everywhere(RULES[rule][0])
-    for r in (s.r[:1], s.r):
-        want = propagate(s.graph, s.values, {"y": r}, ["x"], composite, OPS).relevance["x"]
-        got = RecordedWalk(s.graph, {"y": r.shape}, ["x"], composite, "float32")(s.values, {"y": r}).relevance["x"]
-        assert relative(got, want) <= (1e-3 if rule == "LRP-0" else 1e-5)
+    want = propagate(s.graph, s.values, {"y": s.r}, ["x"], composite, OPS).relevance["x"]
+    got = RecordedWalk(s.graph, {"y": s.r.shape}, ["x"], composite, "float32")(s.values, {"y": s.r}).relevance["x"]
+    assert relative(got, want) <= 1e-5
 
 
 @pytest.mark.parametrize("bias", POLICIES)

@@ -127,30 +127,40 @@ class RecordedWalk:
         for i, b in enumerate(flow.balances):
             results |= {f"{i} received": b.received, f"{i} handed": b.handed, f"{i} magnitude": b.magnitude}
         self.results = results
-        outputs = []
+        # Tensors themselves where that can be: ONNX Runtime 1.32 breaks some graphs with an Identity before an output.
+        self._outputs: dict[str, str] = {}
+        surgeon.outputs = []
         for name, symbol in results.items():
-            outputs.append(gs.Variable(name, np.float32))
-            surgeon.nodes.append(gs.Node("Identity", name, inputs=[symbol.tensor], outputs=[outputs[-1]]))
-        surgeon.outputs = outputs
+            tensor = symbol.tensor
+            if not tensor.inputs:
+                tensor = gs.Variable(name, np.float32)
+                surgeon.nodes.append(gs.Node("Identity", name, inputs=[symbol.tensor], outputs=[tensor]))
+            self._outputs[name] = tensor.name
+            if tensor not in surgeon.outputs:
+                surgeon.outputs.append(tensor)
         surgeon.cleanup(remove_unused_graph_inputs=False).toposort()
         self.proto = gs.export_onnx(surgeon, do_type_check=False)
         self._inputs, self._dtype, self._options = graph.inputs, dtype, options
 
     @cached_property
     def _session(self) -> ReferenceSession | RuntimeSession:
+        outputs = [o.name for o in self.proto.graph.output]
         if self._dtype == "float64":
-            return ReferenceSession(self.proto, list(self.results))
-        return RuntimeSession(self.proto, list(self.results), **self._options)
+            return ReferenceSession(self.proto, outputs)
+        return RuntimeSession(self.proto, outputs, **self._options)
 
     def __call__(self, feeds: Mapping[str, np.ndarray], starts: Mapping[str, np.ndarray]) -> Flow:
         given = {name: feeds[name] for name in self._inputs}
         for name, r in starts.items():
             given[f"start of {name}"] = (r[0] if len(r) == 1 else r).astype(self._dtype)
-        return self._unpacked(self._session.run(given))
+        # A rule may divide by zero where it drops the quotient a line later.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._unpacked(self._session.run(given))
 
     def _unpacked(self, out: Mapping[str, np.ndarray]) -> Flow:
         """Axes of targets that were left out put back."""
-        arrays = {name: out[name][None] if symbol.bare else out[name] for name, symbol in self.results.items()}
+        arrays = {name: out[self._outputs[name]] for name in self.results}
+        arrays = {name: a[None] if self.results[name].bare else a for name, a in arrays.items()}
         balances = [
             Balance(b.node, b.op_type, b.rule, *(arrays[f"{i} {what}"] for what in ("received", "handed", "magnitude")))
             for i, b in enumerate(self.balances)

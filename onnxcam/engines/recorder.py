@@ -233,7 +233,7 @@ class Recorder:
         if r.shape == full:
             return r
         if any(a == 1 and not isinstance(b, int) for a, b in zip(r.shape, full, strict=True)):
-            raise EngineError("repeating along an unknown batch cannot be recorded: fix the batch, or use --engine numpy")
+            raise EngineError("repeating along an unknown batch cannot be recorded: fix it, or use --engine numpy")
         sizes = [n if isinstance(n, int) else 1 for n in (shape if r.bare else full)]
         return self.record("Expand", [r, np.array(sizes, np.int64)], full, bare=r.bare, positive=r.positive)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -21,8 +21,11 @@ import onnx.reference.ops.op_pool_common as pools
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from walking import RecordedWalk
 
+from onnxcam.composites import COMPOSITES
 from onnxcam.engines.reference import in_double
+from onnxcam.errors import ModelError
 from onnxcam.operators import registered
 from onnxcam.operators.statistics import STOPS
 from tests.operators.single_node import Single, Values, agree
@@ -53,6 +56,7 @@ OUTSIDE = (
     ("training", "training mode"),
     ("dropout_random", "draws at random"),
     ("empty_set", "a reduction over nothing"),
+    ("allowzero", "a tensor of nothing"),
     ("scatter_with", "the reference has no Scatter"),
     ("downsample_scales_linear_align_corners", "ONNX Runtime, which we follow, rounds the resized length first"),
     ("downsample_scales_cubic_align_corners", "ONNX Runtime, which we follow, rounds the resized length first"),
@@ -201,6 +205,59 @@ def test_the_product_with_a_cotangent_is_the_derivative_of_the_reference(case: C
     )
     expected = along(1.0) if linear else (4 * along(1e-4) - along(2e-4)) / 3
     assert np.abs(got - expected).max() <= (1e-10 if linear else 1e-6) * scale.max()
+
+
+def recordable(case: Case, symbolic: bool) -> tuple[onnx.ModelProto, Values]:
+    """The case as exporters write it: what says how is constant. Shapes are inferred, axis 0 as a symbol at will.
+
+    Inference has no answer for some ops in float64; a static shape is then taken from the values.
+    """
+    model, feeds = prepared(case, case.operands(FIXED))
+    values = ReferenceEvaluator(model).run(None, feeds)
+    for value in list(model.graph.input):
+        if feeds[value.name].dtype.kind != "f" or value.name in case.operands(SETTINGS):
+            model.graph.initializer.append(numpy_helper.from_array(feeds.pop(value.name), value.name))
+            model.graph.input.remove(value)
+    for value in model.graph.input:
+        n, *rest = feeds[value.name].shape or (1,)
+        _declare(value, ["N", *rest] if symbolic and rest and n > 1 else feeds[value.name].shape)
+    for value, array in zip(model.graph.output, values, strict=True):
+        _declare(value, None if symbolic else array.shape)
+    return onnx.shape_inference.infer_shapes(model), feeds
+
+
+def _declare(value: onnx.ValueInfoProto, shape: Sequence[int | str] | None) -> None:
+    kind = value.type.tensor_type
+    kind.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, shape).tensor_type)
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases().values() if c.signals])
+def test_what_is_recorded_is_what_the_array_engine_computes(case: Case, symbolic: bool) -> None:
+    """Both in float64, hence 1e-12. A static batch is never refused, but for TopK, whose indices nobody knows before;
+    where a symbolic one is, for an op that works along the batch, the message says what to do."""
+    model, feeds = recordable(case, symbolic)
+    reference = ReferenceEvaluator(model)
+    outputs = dict(zip((t.name for t in model.graph.output), reference.run(None, feeds), strict=True))
+    single = Single(model, feeds, [outputs.get(o) for o in case.node.output])
+    rng, targets = np.random.default_rng(1), 1 if symbolic else 2
+    starts = {
+        name: rng.standard_normal((targets, *y.shape))
+        for name, y in outputs.items()
+        if y.dtype.kind == "f" and (case.node.op_type == "Split" or name == case.node.output[0])
+    }
+    shapes = {name: r.shape for name, r in starts.items()}
+    try:
+        recorded = RecordedWalk(single.graph, shapes, single.graph.inputs, COMPOSITES["gradient"])
+    except ModelError as error:
+        assert symbolic or case.node.op_type == "TopK"
+        assert "--engine numpy" in str(error)
+        assert any(f"'{name}'" in str(error) for name in (single.node.name, *case.node.input, *case.node.output))
+        return
+    got, want = recorded(feeds, starts).relevance, single.back(starts)
+    assert set(got) == set(want)
+    for name, r in want.items():
+        agree(got[name], r, 1e-12)
 
 
 def is_linear(case: Case) -> bool:
