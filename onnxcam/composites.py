@@ -7,7 +7,6 @@ vector-Jacobian product.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcam import authors
-from onnxcam.errors import UsageError
+from onnxcam.named import named
 from onnxcam.operators.kinds import At, Operator, Relevances, Share
 from onnxcam.rules import AlphaBeta, Epsilon, Gamma, Pass, Proportional, SignalTakesAll, Vjp, ZBox, ZPlus
 
@@ -139,14 +138,7 @@ def composite(name: str | Composite) -> Composite:
     Raises:
         UsageError: there is none.
     """
-    if isinstance(name, Composite):
-        return name
-    key = name.replace("-", "_")
-    if key not in COMPOSITES:
-        near = difflib.get_close_matches(key, COMPOSITES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"no composite named {name!r}: {hint}there are {', '.join(COMPOSITES)}")
-    return COMPOSITES[key]
+    return name if isinstance(name, Composite) else named("composite", name, COMPOSITES)
 
 
 def describe(rule: Any) -> str:

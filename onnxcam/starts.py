@@ -7,7 +7,6 @@ are few, or recorded. `locate_logits` finds the tensor that logits belong to, wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from onnxcam.engines.array import ArrayOps
-from onnxcam.errors import ModelError, UsageError
+from onnxcam.errors import ModelError
 from onnxcam.graph import Graph
+from onnxcam.named import named
 from onnxcam.operators.kinds import Array
 
 Formula = Callable[[Any, Array, Array], Array]  # (ops, logits (N, K), one-hot (T, N, K)) -> (T, N, K)
@@ -117,14 +117,7 @@ def start(name: str | Start) -> Start:
     Raises:
         UsageError: there is none.
     """
-    if isinstance(name, Start):
-        return name
-    key = name.replace("_", "-")
-    if key not in STARTS:
-        near = difflib.get_close_matches(key, STARTS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"no start named {name!r}: {hint}there are {', '.join(STARTS)}")
-    return STARTS[key]
+    return name if isinstance(name, Start) else named("start", name, STARTS)
 
 
 # Ops between the logits and a graph output that turn them into probabilities or change their layout only.

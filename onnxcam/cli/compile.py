@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxcam.cli.options import add_model, add_preprocess, load_model
-from onnxcam.composites import COMPOSITES
+from onnxcam.cli.options import add_layers, add_method, add_model, add_preprocess, load_model
 from onnxcam.errors import UsageError
-from onnxcam.methods import METHODS
-from onnxcam.starts import STARTS
 
 if TYPE_CHECKING:
     import onnx
@@ -26,10 +23,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument(
         "--triton", metavar="DIR", help="write NAME/1/model.onnx and NAME/config.pbtxt into this Triton repository"
     )
-    p.add_argument(
-        "--layer", "-l", metavar="L", action="append", dest="layers",
-        help="node, tensor, OpType_N, module path, glob, index, auto, suggested or all; repeatable (default: auto)",
-    )  # fmt: skip
+    add_layers(p)
     which = p.add_mutually_exclusive_group()
     which.add_argument(
         "--targets", metavar="N", type=_count, default=1, dest="slots",
@@ -39,9 +33,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--target", "-t", metavar="CLASS|NAME", action="append", dest="fixed",
         help="fix the class in the model: number, label, top3 or predicted; repeatable",
     )  # fmt: skip
-    p.add_argument("--method", "-m", metavar="M", default="relevance-cam", help=f"one of {', '.join(METHODS)}")
-    p.add_argument("--composite", "-c", metavar="C", help=f"one of {', '.join(COMPOSITES)}")
-    p.add_argument("--start", metavar="S", help=f"one of {', '.join(STARTS)}")
+    add_method(p)
     p.add_argument("--upsample", action="store_true", help="maps at the size of the input, bilinearly")
     p.add_argument("--normalise", action="store_true", help="maps from 0 to 1, each by its own minimum and maximum")
     add_preprocess(p)

@@ -9,13 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxcam.cli.options import add_model, add_preprocess, load_model
-from onnxcam.composites import COMPOSITES
+from onnxcam.cli.options import add_layers, add_method, add_model, add_preprocess, load_model
 from onnxcam.engines.session import PROVIDERS
 from onnxcam.errors import UsageError
 from onnxcam.files import check_writable
-from onnxcam.methods import METHODS
-from onnxcam.starts import STARTS
 
 if TYPE_CHECKING:
     from onnxcam.explanation import Explanation
@@ -29,17 +26,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p = commands.add_parser("explain", help="where did the model look?", description=__doc__)
     add_model(p)
     p.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, or folders of them")
-    p.add_argument(
-        "--layer", "-l", metavar="L", action="append", dest="layers",
-        help="node, tensor, OpType_N, module path, glob, index, auto, suggested or all; repeatable (default: auto)",
-    )  # fmt: skip
+    add_layers(p)
     p.add_argument(
         "--target", "-t", metavar="CLASS|NAME", action="append", dest="targets",
         help="class number, label, top3 or predicted; may be repeated (default: predicted)",
     )  # fmt: skip
-    p.add_argument("--method", "-m", metavar="M", default="relevance-cam", help=f"one of {', '.join(METHODS)}")
-    p.add_argument("--composite", "-c", metavar="C", help=f"one of {', '.join(COMPOSITES)}")
-    p.add_argument("--start", metavar="S", help=f"one of {', '.join(STARTS)}")
+    add_method(p)
     add_preprocess(p)
     run = p.add_argument_group("running")
     run.add_argument(

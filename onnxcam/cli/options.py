@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import argparse
 
+from onnxcam.composites import COMPOSITES
+from onnxcam.methods import METHODS
 from onnxcam.model import Model, load
 from onnxcam.preprocess import PRESETS, choose
+from onnxcam.starts import STARTS
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
     parser.add_argument("--output", metavar="NAME", help="the graph output to explain (default: the first)")
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer", "-l", metavar="L", action="append", dest="layers",
+        help="node, tensor, OpType_N, module path, glob, index, auto, suggested or all; repeatable (default: auto)",
+    )  # fmt: skip
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", "-m", metavar="M", default="relevance-cam", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--composite", "-c", metavar="C", help=f"one of {', '.join(COMPOSITES)}")
+    parser.add_argument("--start", metavar="S", help=f"one of {', '.join(STARTS)}")
 
 
 def add_preprocess(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from onnxcam.errors import UsageError
 from onnxcam.methods import lrp, relevance_cam
+from onnxcam.named import named
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,4 @@ def method(name: str | Method) -> Method:
     Raises:
         UsageError: there is none.
     """
-    if isinstance(name, Method):
-        return name
-    key = name.replace("_", "-")
-    if key not in METHODS:
-        near = difflib.get_close_matches(key, METHODS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"no method named {name!r}: {hint}there are {', '.join(METHODS)}")
-    return METHODS[key]
+    return name if isinstance(name, Method) else named("method", name, METHODS)

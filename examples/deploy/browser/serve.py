@@ -26,7 +26,7 @@ class Handler(SimpleHTTPRequestHandler):
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript", ".wasm": "application/wasm"}
 
     def __init__(self, work: Path, *args):
-        self.places = {"work": work, "ort": HERE.parent / "node" / "node_modules" / "onnxruntime-web" / "dist"}
+        self.places = {"files": work, "ort": HERE.parent / "node" / "node_modules" / "onnxruntime-web" / "dist"}
         super().__init__(*args)
 
     def translate_path(self, path: str) -> str:
