@@ -86,7 +86,7 @@ def check(model: Model, composite: str = "relevance_cam") -> Check:
     rules = find_composite(composite)
     found = model.canonical(fold_batchnorm=rules.fold_batchnorm)
     graph = found.graph
-    firsts = first_linear(graph, graph.inputs)
+    firsts = first_linear(graph)
     nonnegative = nonnegative_tensors(graph)
     reached = {found.logits}
     rows = []

@@ -75,7 +75,10 @@ class TapValues:
         return cache[tensor, what]
 
 
-def first_linear(graph: Graph, inputs: Collection[str]) -> set[str]:
+LINEAR_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def first_linear(graph: Graph) -> set[str]:
     """Names of the linear nodes that no other linear node lies before."""
     seen: set[str] = set()  # tensors behind a linear node
     firsts = set()
@@ -87,9 +90,6 @@ def first_linear(graph: Graph, inputs: Collection[str]) -> set[str]:
         if behind or linear:
             seen.update(node.outputs)
     return firsts
-
-
-LINEAR_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 def needed_taps(graph: Graph, layers: Collection[str], logits: str) -> list[str]:
@@ -163,7 +163,7 @@ def walk(
     held: dict[str, Array] = dict(starts)
     found: dict[str, Array] = {}
     balances = []
-    firsts = first_linear(graph, graph.inputs) if composite.first is not None else set()
+    firsts = first_linear(graph) if composite.first is not None else set()
 
     path: dict[str, Node] = {n.name: n for target in starts for n in graph.between(layers, target)}
     for node in sorted(path.values(), key=lambda n: n.index, reverse=True):

@@ -72,7 +72,7 @@ def test_first_are_the_linear_nodes_that_no_other_lies_before() -> None:
         )
     )
     makes = {node.name: node.outputs[0] for node in graph.nodes}
-    assert {makes[name] for name in first_linear(graph, graph.inputs)} == {"a", "b"}
+    assert {makes[name] for name in first_linear(graph)} == {"a", "b"}
 
 
 def test_a_composite_is_found_by_name_with_dashes_or_underscores_and_passes_through_itself() -> None:
