@@ -135,7 +135,13 @@ def explain(
             "preprocess": model.preprocess.name if pictures[0].drawable else None,
             "targets": [str(t) for t in _listed(targets)],
         },
-        warnings=[*_warnings(model, found, chosen, size, pictures), *runner.notes],
+        warnings=[
+            *_signed(model, found, chosen, size),
+            *_guessed(model, pictures),
+            *_mislabelled(model, logits.shape[1]),
+            *_folded_already(model, rules),
+            *runner.notes,
+        ],
     )
 
 
@@ -251,12 +257,6 @@ def _list(what: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _warnings(
-    model: Model, layers: dict[str, Layer], method: Method, size: tuple[int, ...], pictures: Sequence[Picture]
-) -> list[str]:
-    return [*_signed(model, layers, method, size), *_guessed(model, pictures)]
-
-
 def _signed(model: Model, layers: dict[str, Layer], method: Method, size: tuple[int, ...]) -> Iterator[str]:
     for name, layer in layers.items():
         if not method.weighs_channels or layer.sign != "signed":
@@ -272,3 +272,17 @@ def _signed(model: Model, layers: dict[str, Layer], method: Method, size: tuple[
 def _guessed(model: Model, pictures: Sequence[Picture]) -> Iterator[str]:
     if pictures[0].drawable and "guess" in model.preprocess_source:
         yield model.preprocess_source
+
+
+def _mislabelled(model: Model, classes: int) -> Iterator[str]:
+    if warning := model.labels.mismatch(max(classes, 2)):
+        yield warning
+
+
+def _folded_already(model: Model, rules: Composite) -> Iterator[str]:
+    """Rules that want BatchNormalization kept do not mean the same where an exporter has folded it (spec 1.4)."""
+    if not rules.fold_batchnorm and not any(n.op_type == "BatchNormalization" for n in model.names.raw.nodes):
+        yield (
+            f"composite {rules.name} is for files that keep their BatchNormalization and this one has none: where the "
+            "exporter folded it, the biases are not what these rules take them for; relevance_cam is right there"
+        )

@@ -8,7 +8,7 @@ constant, which nodes lie between two tensors. It holds no values of activations
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -166,11 +166,3 @@ class Graph:
                 wanted.update(name for name in node.inputs if name in below)
                 path.append(node)
         return path[::-1]
-
-    def ancestors(self, tensors: Iterable[str]) -> set[str]:
-        """The names of all tensors that any of `tensors` depends on, themselves included."""
-        wanted = set(tensors)
-        for node in reversed(self.nodes):
-            if any(name in wanted for name in node.outputs):
-                wanted.update(name for name in node.inputs if name)
-        return wanted

@@ -387,3 +387,18 @@ def test_a_map_is_the_same_by_any_way_to_name_its_layer():
     e = model.explain(X, ["C", "r", "-1", "0", "auto", "Conv_0"])
     for heat in e.maps.values():
         np.testing.assert_array_equal(heat, e.maps["r"])
+
+
+def test_labels_that_do_not_number_as_many_as_the_classes_are_said_to_be_wrong():
+    model = load(resnet(), preprocess="none", labels=["a", "b"])
+    e = model.explain(np.zeros((1, 3, 16, 16), np.float32))
+    assert any("the labels name 2 classes and the model has 5" in w for w in e.warnings)
+
+
+def test_the_authors_rules_on_a_file_without_batch_normalization_come_with_a_warning():
+    model = load(resnet(), preprocess="none")
+    x = np.zeros((1, 3, 16, 16), np.float32)
+    said = model.explain(x, composite="relevance_cam_authors").warnings
+    kept = any(n.op_type == "BatchNormalization" for n in model.names.raw.nodes)
+    assert any("for files that keep their BatchNormalization" in w for w in said) != kept
+    assert not any("BatchNormalization" in w for w in model.explain(x).warnings)

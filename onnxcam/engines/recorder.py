@@ -27,7 +27,6 @@ class Recorder:
         self.graph = graph
         self._count = 0
         self._constants: dict[Any, gs.Constant] = {}
-        self._shapes: dict[int, gs.Tensor] = {}
         self._taken = set(graph.tensors())
 
     # -- recording -----------------------------------------------------------------------------------------------
