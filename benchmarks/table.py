@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from benchmarks.columns import COLUMNS
 from benchmarks.models import subject
 from benchmarks.peers import NOT_RUN, PEERS, version
@@ -105,7 +107,7 @@ def peers_table(records: Sequence[Record], statistic: str) -> str:
     rows = []
     for r in sorted(records, key=lambda r: (_models(records).index(r.model), PEERS[r.contender].job)):
         peer = PEERS[r.contender]
-        agreement = f"{r.figures['agreement']:.3f}" if "agreement" in r.figures else ""
+        agreement = _agreement(r.figures.get("agreement"))
         rows.append(
             [
                 subject(r.model).title, peer.title, peer.job, _time(r.seconds(r.contender, statistic)),
@@ -176,6 +178,12 @@ def machine() -> str:
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := version(name)))
     load = f"; load average {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     return f"{model}, {os.cpu_count()} cores{load}. Python {platform.python_version()}, {versions}."
+
+
+def _agreement(correlation: float | None) -> str:
+    if correlation is None:
+        return ""
+    return f"{correlation:.3f}" if np.isfinite(correlation) else "the peer's map is not finite"
 
 
 def _models(records: Iterable[Record]) -> list[str]:

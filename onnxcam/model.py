@@ -26,9 +26,10 @@ from onnxcam.labels import Labels, labels_from_metadata, read_labels
 from onnxcam.layers import Layer, Names, list_layers, module_paths, resolve
 from onnxcam.maps import spatial_axes
 from onnxcam.preprocess import Preprocess, choose
-from onnxcam.reading import ReadModel, hash_proto, read
+from onnxcam.reading import ReadModel, read
 from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import locate_logits
+from onnxcam.weights import attach
 
 if TYPE_CHECKING:
     from onnxcam.check import Check
@@ -90,7 +91,7 @@ class Model:
     @cached_property
     def content(self) -> str:
         """A hash of all that the model is; `sha256` covers one file, where weights may lie in others."""
-        return self.sha256 if self._read.whole else hash_proto(self._read.proto)
+        return self._read.content()
 
     # -- graphs --------------------------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class Model:
         proto.CopyFrom(self._read.proto)
         name_nodes(proto.graph)
         with G_LOGGER.suppress():
-            return Graph(gs.import_onnx(proto))
+            return Graph(attach(gs.import_onnx(proto), self._read.weights))
 
     @property
     def size(self) -> Size:
@@ -123,11 +124,16 @@ class Model:
     ) -> Canonical:
         """The canonised graph for inputs of spatial `size`, in which the tensors `keep` survive as they are."""
         shape = self._shape(size)
+        keep -= {self.spec.name}  # which survives anyhow
         key = (shape, keep, fold_batchnorm)
 
         def make() -> Canonical:
             surgeon = canonise(
-                self._read.proto, shapes={self.spec.name: shape}, keep=keep, fold_batchnorm=fold_batchnorm
+                self._read.proto,
+                weights=self._read.weights,
+                shapes={self.spec.name: shape},
+                keep=keep,
+                fold_batchnorm=fold_batchnorm,
             )
             graph = Graph(surgeon)
             logits, squash = locate_logits(graph, self.output)

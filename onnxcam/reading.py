@@ -2,14 +2,15 @@
 
 What cannot be read is refused in one line that says what the file seems to be and what to do. The ONNX checker is
 stricter than any runtime; where it objects, ONNX Runtime has the last word. Local functions are inlined, external
-data is loaded.
+data is loaded. Large weights are kept beside the proto, each once.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import onnx.inliner
 
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.runtime import onnxruntime
+from onnxcam.weights import Buffer, cut, is_stub, take
 
 OLDEST_OPSET = 7
 TRAINING_DOMAINS = frozenset(("ai.onnx.training", "ai.onnx.preview.training"))
@@ -41,11 +43,12 @@ class ReadModel:
     """A model that has been read and found sound.
 
     Attributes:
-        proto: the model with its weights in memory and its local functions inlined.
+        proto: the model with its local functions inlined; large weights are stubs in it (see `weights`).
         path: where it was read from; None for bytes and protos.
         sha256: of the file's bytes (of the .onnx file only, where weights lie beside it), or of the serialised proto.
         metadata: the file's `metadata_props`.
         whole: True where `sha256` covers the weights.
+        weights: the large weights by name.
     """
 
     proto: onnx.ModelProto
@@ -53,6 +56,17 @@ class ReadModel:
     sha256: str
     metadata: dict[str, str] = field(default_factory=dict)
     whole: bool = True
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def content(self) -> str:
+        """A hash of all that the model is, weights in other files included."""
+        if self.whole:
+            return self.sha256
+        digest = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
+        for name, values in self.weights.items():
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
 
 def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
@@ -62,29 +76,47 @@ def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
         UsageError: there is no such file, or it is no ONNX model.
         ModelError: it is one, but broken, for training, or of an opset that is not supported.
     """
+    path = None if isinstance(source, bytes | onnx.ModelProto) else Path(source)
+    name = str(path) if path is not None else "the model"
+    data: Buffer
     if isinstance(source, onnx.ModelProto):
-        proto, path, sha256, name, data = source, None, hash_proto(source), "the model", None
-    elif isinstance(source, bytes):
-        proto, path, name, data = _parse(source, "the model"), None, "the model", source
-        sha256 = hashlib.sha256(source).hexdigest()
+        _check_outline(source, name)
+        try:
+            data = source.SerializeToString(deterministic=True)
+        except Exception:  # protobuf's EncodeError, or ValueError: past 2 GB
+            return _read_huge(source)
     else:
-        path = Path(source)
-        name = str(path)
-        data = _bytes_of(path)
-        sha256 = hashlib.sha256(data).hexdigest()
-        proto = _parse(data, name)
+        data = source if isinstance(source, bytes) else _bytes_of(Path(source))
+    sha256 = hashlib.sha256(data).hexdigest()
+    proto, weights = _parse(data, name)
     _check_outline(proto, name)
-    outside = any(external.uses_external_data(tensor) for tensor in _tensors(proto))
+    outside = any(_is_outside(tensor) for tensor in _tensors(proto))
     if outside:
-        _load_weights(proto, path, name)
-    _check(proto, path if outside else None, data, name)
+        weights |= _load_weights(proto, path, name)
+    _check(path if path is not None else data, name)
     del data
-    if proto.functions:
-        proto = _inlined(proto, name)
-    return ReadModel(proto, path, sha256, {p.key: p.value for p in proto.metadata_props}, not outside)
+    return _whole(ReadModel(proto, path, sha256, weights=weights, whole=not outside), name)
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read_huge(proto: onnx.ModelProto) -> ReadModel:
+    """A proto in memory that is larger than one message may be: weights are left where they are."""
+    name = "the model"
+    _check_outline(proto, name)
+    if any(external.uses_external_data(tensor) for tensor in _tensors(proto)):
+        _load_weights(proto, None, name)
+    digest = hashlib.sha256()
+    for part in (*proto.graph.initializer, *proto.graph.node):
+        digest.update(part.SerializeToString(deterministic=True))
+    return _whole(ReadModel(proto, None, digest.hexdigest()), name)
+
+
+def _whole(model: ReadModel, name: str) -> ReadModel:
+    proto = _inlined(model.proto, name) if model.proto.functions else model.proto
+    return replace(model, proto=proto, metadata={p.key: p.value for p in proto.metadata_props})
+
+
+def _bytes_of(path: Path) -> Buffer:
+    """The bytes of a file, as long as they are needed: mapped, so that they are not held twice."""
     if not path.exists():
         raise UsageError(f"{path}: no such file")
     if path.is_dir():
@@ -92,42 +124,35 @@ def _bytes_of(path: Path) -> bytes:
     if path.suffix == ".ort":
         raise UsageError(f"{path} is an ONNX Runtime .ort file; explain the .onnx file it was made from")
     try:
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            if not path.stat().st_size:
+                return b""
+            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _parse(data: bytes, name: str) -> onnx.ModelProto:
+def _parse(data: Buffer, name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The model and, apart from it, its large weights."""
     if not data:
         raise UsageError(f"{name} is empty; download or export it again")
+    begun = bytes(data[:512])
     for offset, signature, kind, advice in SIGNATURES:
-        if data[offset : offset + len(signature)].lower() == signature.lower():
+        if begun[offset : offset + len(signature)].lower() == signature.lower():
             raise UsageError(f"{name} is {kind}; {advice}")
-    if _is_text(data[:512]):
+    if _is_text(begun):
         raise UsageError(f"{name} is a text file, not an ONNX model")
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError, or ValueError, by version and backend.
+        rest, weights = cut(data)
+        proto.ParseFromString(rest)
+    except Exception as error:  # ValueError, or protobuf's DecodeError, by version and backend.
         raise ModelError(f"{name} is no ONNX model, or it is cut short; download or export it again") from error
-    return proto
+    return proto, weights
 
 
 def _is_text(start: bytes) -> bool:
     return all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
-
-
-def hash_proto(proto: onnx.ModelProto) -> str:
-    """SHA-256 of a model with its weights in memory."""
-    try:
-        return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
-    except Exception:  # protobuf's EncodeError, or ValueError: past 2 GB, so weights and nodes one by one.
-        digest = hashlib.sha256()
-        for tensor in proto.graph.initializer:
-            digest.update(tensor.SerializeToString(deterministic=True))
-        for node in proto.graph.node:
-            digest.update(node.SerializeToString(deterministic=True))
-        return digest.hexdigest()
 
 
 def _check_outline(proto: onnx.ModelProto, name: str) -> None:
@@ -174,8 +199,12 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from within(function.node)
 
 
-def _load_weights(proto: onnx.ModelProto, path: Path | None, name: str) -> None:
-    """Load external data beside `path`.
+def _is_outside(tensor: onnx.TensorProto) -> bool:
+    return external.uses_external_data(tensor) and not is_stub(tensor)
+
+
+def _load_weights(proto: onnx.ModelProto, path: Path | None, name: str) -> dict[str, np.ndarray]:
+    """Load external data beside `path`; the large weights of the graph itself are returned, by name.
 
     Raises:
         UsageError: the data cannot be found from here.
@@ -183,28 +212,39 @@ def _load_weights(proto: onnx.ModelProto, path: Path | None, name: str) -> None:
     """
     if path is None:
         raise UsageError(f"{name} keeps its weights in another file; pass the path of the .onnx file instead")
-    base = str(path.parent)
-    for tensor in _tensors(proto):
-        if not external.uses_external_data(tensor):
-            continue
-        info = external.ExternalDataInfo(tensor)
-        beside = path.parent / info.location
-        if not beside.exists():
-            raise UsageError(f"{name} keeps weights in {info.location!r}, which is missing; put it into {path.parent}")
-        try:
-            external.load_external_data_for_tensor(tensor, base)
-        except Exception as error:  # onnx raises ValidationError, ValueError or OSError, by version.
-            raise ModelError(
-                f"{name}: the weights {tensor.name!r} cannot be read from {info.location!r}: {_line(error)}"
-            ) from error
-        expected = _bytes_in(tensor)
-        if expected is not None and len(tensor.raw_data) != expected:
-            raise ModelError(
-                f"{name}: {info.location!r} holds {len(tensor.raw_data)} of the {expected} bytes of {tensor.name!r}; "
-                "it is cut short or belongs to another model"
-            )
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
+    weights: dict[str, np.ndarray] = {}
+    for tensor in filter(_is_outside, proto.graph.initializer):
+        loaded = _loaded(tensor, path, name)
+        if tensor.name not in weights and (values := take(loaded)) is not None:
+            weights[tensor.name] = values
+        tensor.CopyFrom(loaded)
+    for tensor in filter(_is_outside, _tensors(proto)):
+        tensor.CopyFrom(_loaded(tensor, path, name))
+    return weights
+
+
+def _loaded(tensor: onnx.TensorProto, path: Path, name: str) -> onnx.TensorProto:
+    """The tensor with its data, which lies beside `path`."""
+    info = external.ExternalDataInfo(tensor)
+    if not (path.parent / info.location).exists():
+        raise UsageError(f"{name} keeps weights in {info.location!r}, which is missing; put it into {path.parent}")
+    loaded = onnx.TensorProto()
+    loaded.CopyFrom(tensor)
+    try:
+        external.load_external_data_for_tensor(loaded, str(path.parent))
+    except Exception as error:  # onnx raises ValidationError, ValueError or OSError, by version.
+        raise ModelError(
+            f"{name}: the weights {tensor.name!r} cannot be read from {info.location!r}: {_line(error)}"
+        ) from error
+    expected = _bytes_in(loaded)
+    if expected is not None and len(loaded.raw_data) != expected:
+        raise ModelError(
+            f"{name}: {info.location!r} holds {len(loaded.raw_data)} of the {expected} bytes of {tensor.name!r}; "
+            "it is cut short or belongs to another model"
+        )
+    loaded.data_location = onnx.TensorProto.DEFAULT
+    del loaded.external_data[:]
+    return loaded
 
 
 def _bytes_in(tensor: onnx.TensorProto) -> int | None:
@@ -225,28 +265,25 @@ PACKED = frozenset(
 )
 
 
-def _check(proto: onnx.ModelProto, path: Path | None, data: bytes | None, name: str) -> None:
-    """Let the ONNX checker look at the model, and ONNX Runtime where the checker objects.
-
-    `path` is given where weights lie beside the file, `data` where the proto was parsed from bytes.
-    """
+def _check(source: Path | Buffer, name: str) -> None:
+    """Let the ONNX checker look at a file or its bytes, and ONNX Runtime where the checker objects."""
+    whole = str(source) if isinstance(source, Path) else bytes(source)
     try:
-        onnx.checker.check_model(str(path) if path is not None else data or proto)
+        onnx.checker.check_model(whole)
     except Exception as error:  # ValidationError, but also UnicodeDecodeError, DecodeError, RuntimeError, ...
         try:
-            _load_with_runtime(proto, path)
+            _load_with_runtime(whole)
         except UsageError:
             raise
         except Exception:  # ONNX Runtime's errors share no base.
             raise ModelError(f"{name} is no valid ONNX model: {_line(error)}") from error
 
 
-def _load_with_runtime(proto: onnx.ModelProto, path: Path | None) -> None:
+def _load_with_runtime(source: str | bytes) -> None:
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    source = proto.SerializeToString() if path is None else str(path)
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 

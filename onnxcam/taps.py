@@ -10,8 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcam.graph import Graph
-
-LARGE = 4096  # bytes from which on a weight is worth handing over beside the model
+from onnxcam.weights import LARGE, stub
 
 
 def detach(surgeon: gs.Graph) -> dict[str, np.ndarray]:
@@ -24,13 +23,8 @@ def detach(surgeon: gs.Graph) -> dict[str, np.ndarray]:
     for name, tensor in surgeon.tensors().items():
         if not isinstance(tensor, gs.Constant) or tensor.values.nbytes < LARGE or tensor.values.dtype.kind not in "fiu":
             continue
-        values = np.ascontiguousarray(tensor.values)
-        stub = onnx.TensorProto(name=name, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL)
-        stub.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-        for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):
-            stub.external_data.add(key=key, value=value)
-        tensor._values = LazyValues(stub)
-        weights[name] = values
+        weights[name] = np.ascontiguousarray(tensor.values)
+        tensor._values = LazyValues(stub(name, weights[name]))
     return weights
 
 

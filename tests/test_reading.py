@@ -48,7 +48,7 @@ def test_a_file_its_bytes_and_its_proto_read_alike(tmp_path):
         assert model.metadata == {"author": "me"}
     assert read(path).path == path
     assert read(data).path is None
-    assert read(proto).proto is proto
+    assert read(proto).proto == proto
     assert read(proto).sha256 == hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
@@ -142,7 +142,7 @@ def test_a_model_that_only_the_checker_dislikes_is_read():
 def test_missing_shapes_are_no_obstacle():
     proto = small()
     proto.graph.output[0].type.tensor_type.ClearField("shape")
-    assert read(proto).proto is proto
+    assert read(proto).proto == proto
 
 
 @pytest.fixture
@@ -158,6 +158,30 @@ def test_weights_in_another_file_are_loaded(outside):
     (weight,) = read(outside).proto.graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(weight).ravel(), np.arange(6))
     assert weight.data_location == TensorProto.DEFAULT
+
+
+def test_large_weights_are_kept_beside_the_model_wherever_they_lie(tmp_path):
+    values = np.random.default_rng(0).standard_normal((16, 16, 3, 3)).astype(np.float32)
+    proto = small()
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, "w"))
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 16
+    proto.graph.output[0].type.tensor_type.shape.ClearField("dim")
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(proto, tmp_path / "inside.onnx")
+    options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    onnx.save_model(proto, tmp_path / "outside.onnx", **options)  # empties the weights of the proto
+    models = [
+        read(tmp_path / "inside.onnx"),
+        read((tmp_path / "inside.onnx").read_bytes()),
+        read(tmp_path / "outside.onnx"),
+    ]
+    for model in models:
+        np.testing.assert_array_equal(model.weights["w"], values)
+        assert not model.proto.graph.initializer[0].raw_data
+    assert models[2].content() != models[2].sha256
+    (tmp_path / "weights.bin").write_bytes(np.zeros_like(values).tobytes())
+    assert read(tmp_path / "outside.onnx").sha256 == models[2].sha256
+    assert read(tmp_path / "outside.onnx").content() != models[2].content()
 
 
 def test_missing_weights_are_named(outside):

@@ -9,8 +9,9 @@ pass takes the graph and the names it must not touch and says whether it changed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -26,6 +27,7 @@ from onnxcam.canonise.shapes import fold_shapes
 from onnxcam.canonise.specialise import specialise
 from onnxcam.canonise.surgery import protected
 from onnxcam.canonise.training import refuse_training
+from onnxcam.weights import attach
 
 __all__ = ["canonise", "name_nodes"]
 
@@ -37,6 +39,7 @@ SIMPLIFY: tuple[Pass, ...] = (fold_constants, take_branches, fold_shapes, drop_i
 def canonise(
     proto: onnx.ModelProto,
     *,
+    weights: Mapping[str, np.ndarray] | None = None,
     shapes: dict[str, tuple[int | str, ...]] | None = None,
     keep: frozenset[str] = frozenset(),
     fold_batchnorm: bool = True,
@@ -46,6 +49,7 @@ def canonise(
     Args:
         proto: the model, with its weights loaded and without local functions (`onnxcam.reading.read` sees to both);
             it is not changed.
+        weights: the values of those initialisers that are stubs in it (see `onnxcam.weights`).
         shapes: input name to shape, for inputs whose sizes are to be fixed; a string is a symbolic axis.
         keep: names of tensors that survive with the values they have in `proto`, whatever could be folded there.
         fold_batchnorm: False leaves affine maps (BatchNormalization, constant Mul and Add) as nodes of their own.
@@ -64,7 +68,7 @@ def canonise(
     name_nodes(model.graph)
     lower_constants(model.graph)
     with G_LOGGER.suppress():
-        graph = gs.import_onnx(model)
+        graph = attach(gs.import_onnx(model), weights or {})
         specialise(graph, shapes or {})
         tidy(graph, keep)
         infer(graph)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from onnxcam.errors import ModelError, UsageError
-from onnxcam.runtime import onnxruntime
+from onnxcam.runtime import give_back_memory, onnxruntime
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {
@@ -129,6 +129,7 @@ class RuntimeSession:
             )
         except Exception as error:  # onnxruntime raises a different class for each status
             raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+        give_back_memory()
         self._taps = tuple(taps or (output.name for output in self._session.get_outputs()))
         self.providers: list[str] = self._session.get_providers()
         self.notes += _lost(chosen, self.providers)

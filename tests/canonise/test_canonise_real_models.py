@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
 from onnxcam.canonise import canonise
-from onnxcam.reading import read
 from tests.canonise.building import distance, evaluate, ops
 
 MODELS = (
@@ -37,7 +37,7 @@ def canonised(assets: Path, name: str, batch: int = 1) -> gs.Graph:
     path = assets / "models" / f"{name}.onnx"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    proto = read(path).proto
+    proto = onnx.load(path)
     graph = canonise(proto)
     (tensor,) = graph.inputs
     shape = [batch if isinstance(d, str) else d for d in tensor.shape]

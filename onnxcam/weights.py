@@ -1,0 +1,164 @@
+"""Weights beside the model: the large initialisers of a file as arrays, held once, and the rest as a small proto.
+
+A proto that holds the weights is copied whole by whatever parses, edits or checks it. So they are cut out of the bytes
+of the file before those are parsed (the wire format of protobuf: a field is a number, a type, and for what matters here
+a length), and each leaves a tensor behind that keeps its name, type and shape and says that its data lies elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+LARGE = 4096  # bytes from which on a weight is worth keeping beside the model
+ELSEWHERE = "onnxcam"  # the external location that tensors without their data name
+
+Buffer = bytes | memoryview
+
+# Field numbers, from onnx.proto.
+_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
+_INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
+_RAW_DATA = TensorProto.DESCRIPTOR.fields_by_name["raw_data"].number
+_BYTES = 2  # the wire type of what has a length: messages, strings, bytes
+
+# Types that lie in a file as they lie in NumPy.
+PLAIN = {
+    getattr(TensorProto, name): np.dtype(kind).newbyteorder("<")
+    for name, kind in {
+        "FLOAT": "f4", "DOUBLE": "f8", "FLOAT16": "f2", "INT8": "i1", "INT16": "i2", "INT32": "i4", "INT64": "i8",
+        "UINT8": "u1", "UINT16": "u2", "UINT32": "u4", "UINT64": "u8", "BOOL": "?",
+    }.items()
+}  # fmt: skip
+
+
+def cut(data: Buffer) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The model of a file without its large weights, and those by name.
+
+    Raises:
+        ValueError: the bytes are no protobuf message.
+    """
+    weights: dict[str, np.ndarray] = {}
+    return _without(memoryview(data), (_GRAPH, _INITIALIZER), weights), weights
+
+
+def stub(name: str, values: np.ndarray) -> TensorProto:
+    """A tensor of that name, type and shape whose data lies elsewhere."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    tensor = TensorProto(name=name, dims=values.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", ELSEWHERE), ("offset", "0"), ("length", str(values.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def is_stub(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL and any(
+        e.key == "location" and e.value == ELSEWHERE for e in tensor.external_data
+    )
+
+
+def attach(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph:
+    """Give the constants of a graph that was made of a cut model their values; in place."""
+    for name, tensor in graph.tensors().items():
+        if isinstance(tensor, gs.Constant) and name in weights:
+            tensor.values = weights[name]
+            tensor.data_location = None
+    return graph
+
+
+def _without(message: memoryview, path: tuple[int, ...], weights: dict[str, np.ndarray]) -> bytes:
+    """The message with the large tensors along `path` (of fields) replaced by stubs."""
+    parts: list[bytes | memoryview] = []
+    kept = 0  # where what is copied as it is begins
+    for field, wire, start, begin, end in _fields(message):
+        if field != path[0] or wire != _BYTES or (len(path) == 1 and end - begin < LARGE):
+            continue
+        inner = message[begin:end]
+        new = _without(inner, path[1:], weights) if len(path) > 1 else _taken(inner, weights)
+        if new is not None:
+            parts += [message[kept:start], _varint(field << 3 | _BYTES), _varint(len(new)), new]
+            kept = end
+    parts.append(message[kept:])
+    return b"".join(parts)
+
+
+def _taken(message: memoryview, weights: dict[str, np.ndarray]) -> bytes | None:
+    """A tensor's stub, its values put into `weights`; None where it stays as it is."""
+    rest: list[memoryview] = []
+    raw: memoryview | None = None
+    kept = 0
+    for field, wire, start, begin, end in _fields(message):
+        if field == _RAW_DATA and wire == _BYTES:
+            rest.append(message[kept:start])
+            kept, raw = end, message[begin:end]
+    if raw is None or len(raw) < LARGE:
+        return None
+    tensor = TensorProto.FromString(b"".join([*rest, message[kept:]]))
+    values = _values(tensor, raw)
+    if values is None or tensor.name in weights:
+        return None
+    weights[tensor.name] = values
+    return stub(tensor.name, values).SerializeToString()
+
+
+def take(tensor: TensorProto) -> np.ndarray | None:
+    """The values of a large tensor, which becomes a stub; None where it stays as it is."""
+    values = _values(tensor, memoryview(tensor.raw_data)) if len(tensor.raw_data) >= LARGE else None
+    if values is not None:
+        tensor.CopyFrom(stub(tensor.name, values))
+    return values
+
+
+def _values(tensor: TensorProto, raw: memoryview) -> np.ndarray | None:
+    dtype = PLAIN.get(tensor.data_type)
+    if dtype is None or not tensor.name or min(tensor.dims, default=1) < 0:
+        return None
+    if int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize != len(raw):
+        return None  # the checker says what is wrong with it
+    # A copy of its own: aligned as the runtime wants it, and safe from a file that changes.
+    return np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=True).reshape(tuple(tensor.dims))
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
+    """(field, wire type, where it starts, where its content begins, where it ends) of every field of a message."""
+    at, size = 0, len(message)
+    while at < size:
+        start = at
+        key, at = _read_varint(message, at)
+        wire = key & 7
+        if wire == _BYTES:
+            length, begin = _read_varint(message, at)
+            at = begin + length
+        elif wire == 0:
+            begin = at
+            _, at = _read_varint(message, at)
+        elif wire in (1, 5):
+            begin, at = at, at + (8 if wire == 1 else 4)
+        else:
+            raise ValueError("a group, or no protobuf message")
+        if at > size:
+            raise ValueError("cut short")
+        yield key >> 3, wire, start, begin, at
+
+
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(message) or shift > 63:
+            raise ValueError("cut short")
+        byte = message[at]
+        value, at, shift = value | (byte & 0x7F) << shift, at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
