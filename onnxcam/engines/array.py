@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from onnxcam.engines.places import FEW, Places, folds
 from onnxcam.engines.window import Window
 from onnxcam.errors import UsageError
 
 Array = Any  # an array of the library at hand
 
 
-class ArrayOps:
+class ArrayOps(Places):
     """The primitives over one array library.
 
     Args:
@@ -43,6 +44,10 @@ class ArrayOps:
         """A float array of the engine's type from a NumPy array of any real type."""
         floats = np.float64 if self.dtype == getattr(self.xp, "float64", None) else np.float32
         return self.xp.asarray(np.ascontiguousarray(np.asarray(value).astype(floats)))
+
+    def index_of(self, x: Array) -> np.ndarray:
+        """Whole numbers that were computed as floats, as an index."""
+        return np.asarray(self.to_host(x)).astype(np.int64)
 
     def zeros(self, shape: Sequence[int]) -> Array:
         return self.xp.zeros(tuple(shape), dtype=self.dtype)
@@ -96,6 +101,13 @@ class ArrayOps:
     def cos(self, x: Array) -> Array:
         return self.xp.cos(x)
 
+    def floor(self, x: Array) -> Array:
+        return self.xp.floor(x)
+
+    def round(self, x: Array) -> Array:
+        """To the nearest whole number, halves to the even one."""
+        return self.xp.round(x)
+
     def tanh(self, x: Array) -> Array:
         return self.xp.tanh(x)
 
@@ -131,6 +143,18 @@ class ArrayOps:
         """`x` reshaped whole, with no target axis set apart."""
         return self.xp.reshape(x, tuple(shape))
 
+    def lifted(self, x: Array) -> Array:
+        """A tensor as if it were relevance of one target."""
+        return x[None, ...]
+
+    def lowered(self, r: Array) -> Array:
+        """Relevance of one target as a tensor."""
+        return r[0, ...]
+
+    def by_image(self, r: Array, images: int) -> Array:
+        """`r` of shape (T, N*k, ...) as (T, N, k*...)."""
+        return self.xp.reshape(r, (r.shape[0], images, -1))
+
     def permute(self, r: Array, perm: Sequence[int]) -> Array:
         """Permute the axes behind the first: `perm` as in ONNX Transpose, for the tensor without its target axis."""
         return self.xp.permute_dims(r, (0, *(p + 1 for p in perm)))
@@ -164,7 +188,8 @@ class ArrayOps:
         """Adjoint of `take`: add the entries of `r` at the places `index` of an axis of `size`.
 
         An index below zero drops its entry. Written as a few gathers, one for each repetition of the most frequent
-        index, because gathering is what every array library has and does in the same order each time.
+        index, because gathering is what every array library has and does in the same order each time; many entries of
+        one place are first added up pair by pair.
         """
         index = np.asarray(index)
         kept = np.flatnonzero(index >= 0)
@@ -178,6 +203,11 @@ class ArrayOps:
             out = self.zeros([*self._replace(r.shape, axis, size)])
             out[self._at(out, axis, slice(int(index[0]), int(index[-1]) + 1, step))] = r
             return out
+        if np.unique(index, return_counts=True)[1].max(initial=0) > FEW:
+            rounds, index = folds(index)
+            for one, other in rounds:
+                padded = self.concat([r, self.zeros(self._replace(r.shape, axis, 1))], axis)
+                r = self.take(padded, one, axis) + self.take(padded, other, axis)
         padded = self.concat([r, self.zeros(self._replace(r.shape, axis, 1))], axis)
         out = self.zeros(self._replace(r.shape, axis, size))
         positions = np.flatnonzero(index >= 0)
@@ -250,6 +280,20 @@ class ArrayOps:
             parts = [columns[:, :, k, ...] for k in range(cells)]
         x = self._overlay(parts, (prod(lead), channels), window, tuple(size), output)
         return self.xp.reshape(x, (*lead, channels, *size))
+
+    def conv_weight_adjoint(self, r: Array, x: Array, window: Window, kernel: Sequence[int], group: int = 1) -> Array:
+        """Adjoint of `conv` with respect to the weight: r (..., N, M, *output), x (..., N, C, *size), one of the two
+        with an axis of targets in front -> (T, M, C/group, *kernel)."""
+        rank, output = window.rank, tuple(r.shape[-window.rank :])
+        m, c = r.shape[-rank - 1], x.shape[-rank - 1]
+        rows = self.xp.reshape(r, (*r.shape[: -rank - 1], group, m // group, prod(output)))
+        x = self._pad(x, window)
+        parts = []
+        for tap in window.taps(output):
+            cells = self.xp.reshape(x[(..., *tap)], (*x.shape[: -rank - 1], group, c // group, prod(output)))
+            parts.append(self.xp.sum(self.xp.matmul(rows, self.swap(cells)), axis=-4))
+        w = self.xp.stack(parts, axis=-1)
+        return self.xp.reshape(w, (w.shape[0], m, c // group, *kernel))
 
     def window_sum(self, x: Array, window: Window) -> Array:
         """Sum over each window; padding counts as zero."""

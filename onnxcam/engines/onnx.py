@@ -171,6 +171,42 @@ class RecorderOps(Recorder):
             positive=y.positive, group=c, kernel_shape=[1, 1], strides=[s, s], output_padding=[s - 1, s - 1],
         )  # fmt: skip
 
+    def conv_weight_adjoint(
+        self, r: Symbol, x: Symbol, window: Window, kernel: Sequence[int], group: int = 1
+    ) -> Symbol:
+        """One Conv of `x` by `r`: images take the place of channels, strides and dilations that of one another."""
+        rank, size, output = window.rank, _sizes(x, window), _sizes(r, window)
+        images, channels, m = x.shape[-rank - 2], int(x.shape[-rank - 1]), int(r.shape[-rank - 1])
+        left, right = channels // group, m // group
+        # Each group sees its own channels of every image; targets join the channels of the side that has them.
+        t_x, t_r = (int(a.shape[0]) if a.ndim > rank + 2 else 1 for a in (x, r))
+        bare = x.bare or r.bare
+        x = self._turned(x, (t_x, images, group, left, *size), (0, 3, 2, 1), (t_x * left, (group, images), *size))
+        r = self._turned(r, (t_r, images, group, right, *output), (2, 0, 3, 1), (group * t_r * right, images, *output))
+        wide = Window(output, window.dilations, window.strides, window.begin, window.end).output(size)
+        w = self.record(
+            "Conv", [x, r], (t_x * left, group * t_r * right, *wide), group=group, positive=x.positive and r.positive,
+            strides=list(window.dilations), dilations=list(window.strides), pads=[*window.begin, *window.end],
+        )  # fmt: skip
+        for i in range(rank):
+            w = self.slice(w, i - rank, 0, kernel[i])
+        folded = (t_x, left, group, t_r, right, *kernel)
+        order = (0, 3, 2, 4, 1, *range(5, 5 + rank))
+        w = self.shaped(w, folded)
+        w = self.record("Transpose", [w], tuple(folded[i] for i in order), positive=w.positive, perm=list(order))
+        return self._reshaped(w, (t_x * t_r, m, left, *kernel), bare)
+
+    def _turned(self, a: Symbol, shape: Shape, front: Sequence[int], folded: Sequence[Any]) -> Symbol:
+        """`a` as `shape`, its leading axes reordered to `front`, as `folded`; a pair there is a product."""
+        perm = [*front, *range(len(front), len(shape))]
+        sizes = [n if isinstance(n, int) else -1 for n in shape]
+        turned = tuple(shape[i] for i in perm)
+        a = self.record("Reshape", [a, np.array(sizes, np.int64)], shape, positive=a.positive)
+        a = self.record("Transpose", [a], turned, positive=a.positive, perm=perm)
+        ends = [n if isinstance(n, int) or not isinstance(n, tuple) else _product(n) for n in folded]
+        sizes = [n if isinstance(n, int) else -1 for n in ends]
+        return self.record("Reshape", [a, np.array(sizes, np.int64)], tuple(ends), positive=a.positive)
+
     def window_sum(self, x: Symbol, window: Window) -> Symbol:
         folded, lead = self._folded(x, window)
         return self._unfolded(self._ones("Conv", folded, window, window.output(_sizes(x, window))), lead, window)
@@ -250,6 +286,11 @@ class RecorderOps(Recorder):
         shape = (*lead, *y.shape[-window.rank - 1 :])
         sizes = [n if isinstance(n, int) else -1 for n in shape]
         return self.record("Reshape", [y, np.array(sizes, np.int64)], shape, positive=y.positive)
+
+
+def _product(pair: tuple[Dim, Dim]) -> Dim:
+    a, b = pair
+    return a * b if isinstance(a, int) and isinstance(b, int) else BATCH
 
 
 def _sizes(x: Symbol, window: Window) -> tuple[int, ...]:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcam.engines.places import FEW, folds
+from onnxcam.engines.recorded_places import RecordedPlaces
 from onnxcam.engines.symbols import Dim, Shape, Symbol, broadcast_shapes, replaced
 from onnxcam.errors import EngineError
 
 
-class Recorder:
+class Recorder(RecordedPlaces):
     """The primitives but those of windows, recording into `graph`, whose default opset is 17 or newer."""
 
     dtype = "float32"
@@ -90,6 +92,9 @@ class Recorder:
     def asarray(self, value: np.ndarray) -> Symbol:
         return self._lift(np.asarray(value, np.float32))
 
+    def index_of(self, x: Symbol) -> Symbol:
+        return self.record("Cast", [x], x.shape, dtype=np.int64, to=7)
+
     def to_host(self, value: Any) -> Any:
         raise EngineError("a recorded value has no numbers yet")
 
@@ -153,6 +158,12 @@ class Recorder:
 
     def cos(self, x: Symbol) -> Symbol:
         return self.unary("Cos", x)
+
+    def floor(self, x: Symbol) -> Symbol:
+        return self.unary("Floor", x, positive=x.positive)
+
+    def round(self, x: Symbol) -> Symbol:
+        return self.unary("Round", x, positive=x.positive)
 
     def tanh(self, x: Symbol) -> Symbol:
         return self.unary("Tanh", x)
@@ -218,6 +229,24 @@ class Recorder:
         sizes = np.array([n if isinstance(n, int) else -1 for n in target], np.int64)
         return self.record("Reshape", [x, sizes], shape, bare=bare, positive=x.positive)
 
+    def lifted(self, x: Symbol) -> Symbol:
+        return Symbol(self, x.tensor, (1, *x.shape), bare=True, positive=x.positive)
+
+    def lowered(self, r: Symbol) -> Symbol:
+        assert r.bare
+        return Symbol(self, r.tensor, r.shape[1:], positive=r.positive)
+
+    def by_image(self, r: Symbol, images: Dim) -> Symbol:
+        """(T, N*k, ...) as (T, N, k*...); how many images there are is asked of the graph's inputs when it runs."""
+        if isinstance(images, int):
+            return self._reshaped(r, (r.shape[0], images, -1), r.bare)
+        batch = next(t for t in self.graph.inputs if t.shape and isinstance(t.shape[0], str))
+        whole = self.record("Shape", [batch], (len(batch.shape),), dtype=np.int64)
+        count = self.record("Gather", [whole, np.array([0], np.int64)], (1,), dtype=np.int64, axis=0)
+        lead = [] if r.bare else [np.array([r.shape[0]], np.int64)]
+        target = self.record("Concat", [*lead, count, np.array([-1], np.int64)], (3 - r.bare,), dtype=np.int64, axis=0)
+        return self.record("Reshape", [r, target], (r.shape[0], images, "rest"), bare=r.bare, positive=r.positive)
+
     def permute(self, r: Symbol, perm: Sequence[int]) -> Symbol:
         shape = (r.shape[0], *(r.shape[1 + p] for p in perm))
         order = list(perm) if r.bare else [0, *(p + 1 for p in perm)]
@@ -264,19 +293,30 @@ class Recorder:
         bounds = [np.array([v], np.int64) for v in (start, stop, axis, step)]
         return self.record("Slice", [x, *bounds], replaced(x.shape, axis, count), bare=x.bare, positive=x.positive)
 
-    def take(self, x: Symbol, index: np.ndarray, axis: int) -> Symbol:
-        shape = replaced(x.shape, axis, len(index))
-        index = np.asarray(index, np.int64)
+    def take(self, x: Symbol, index: np.ndarray | Symbol, axis: int) -> Symbol:
+        if not isinstance(index, Symbol):
+            index = np.asarray(index, np.int64)
+        shape = replaced(x.shape, axis, index.shape[0])
         return self.record("Gather", [x, index], shape, bare=x.bare, positive=x.positive, axis=axis)
 
-    def scatter_add(self, r: Symbol, index: np.ndarray, axis: int, size: int) -> Symbol:
+    def scatter_add(self, r: Symbol, index: np.ndarray | Symbol, axis: int, size: int) -> Symbol:
         """Adjoint of `take`, as a Pad where the places are consecutive, else as a few Gathers from `r` with a zero
-        behind it, one for each repetition of the most frequent place: nothing races, every runtime has it."""
+        behind it, one for each repetition of the most frequent place: nothing races, every runtime has it. Places that
+        only the running model knows become rows of zeros and ones, and the adding a MatMul with them."""
+        if isinstance(index, Symbol):
+            column = self._int("Unsqueeze", [index, np.array([-1], np.int64)], (index.shape[0], 1))
+            hit = self.record("Equal", [column, np.arange(size)], (index.shape[0], size), dtype=bool)
+            return self.along(r, self.swap(self.mask(hit)), axis)
         index = np.asarray(index)
         shape = replaced(r.shape, axis, size)
         if index.size and index[0] >= 0 and (np.diff(index) == 1).all():
             before, after = int(index[0]), size - int(index[-1]) - 1
             return self._padded(r, axis, before, after, shape)
+        if np.unique(index, return_counts=True)[1].max(initial=0) > FEW:
+            rounds, index = folds(index)
+            for one, other in rounds:
+                padded = self._padded(r, axis, 0, 1, replaced(r.shape, axis, int(r.shape[axis]) + 1))
+                r = self.take(padded, one, axis) + self.take(padded, other, axis)
         padded = self._padded(r, axis, 0, 1, replaced(r.shape, axis, index.size + 1))
         out: Symbol | None = None
         positions = np.flatnonzero(index >= 0)
@@ -298,8 +338,12 @@ class Recorder:
         return self.record("Pad", [r, pads], shape, bare=r.bare, positive=r.positive)
 
     def matmul(self, a: Symbol, b: Symbol) -> Symbol:
-        lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        shape = (*lead, a.shape[-2], b.shape[-1])
+        if len(b.shape) == 1:
+            shape = a.shape[:-1]
+        elif len(a.shape) == 1:
+            shape = (*b.shape[:-2], b.shape[-1])
+        else:
+            shape = (*broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
         return self.record("MatMul", [a, b], shape, bare=a.bare or b.bare, positive=a.positive and b.positive)
 
     def swap(self, a: Symbol) -> Symbol:

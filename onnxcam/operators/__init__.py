@@ -12,8 +12,10 @@ from onnxcam.operators import (  # noqa: F401  (importing registers)
     normalisation,
     pooling,
     products,
+    quantisation,
     reductions,
     resize,
+    sampling,
     selection,
     statistics,
 )

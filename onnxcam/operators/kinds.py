@@ -11,7 +11,7 @@ of shape (T, *input.shape); an input that gets nothing is left out, never given 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -33,6 +33,10 @@ class Values(Protocol):
 
     def host(self, tensor: str) -> np.ndarray:
         """The tensor as it came from the session, on the host: for integer operands such as axes and indices."""
+
+    def index(self, tensor: str) -> Any:
+        """The tensor as whole numbers that point at entries: an array on the host where they are known, else a symbol
+        of the engine. `ops` has the arithmetic on both."""
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """The tensor's shape; while recording, an axis of unknown length is a string."""
@@ -66,6 +70,10 @@ class At:
         """Input `i` as a list of Python ints, None where it is omitted."""
         value = self.host(i)
         return None if value is None else [int(v) for v in np.ravel(value)]
+
+    def index(self, i: int) -> Any:
+        """Input `i` as places of entries, which may be known only when the model runs."""
+        return self.values.index(self.node.inputs[i])
 
     def shape(self, i: int = 0) -> tuple[int, ...]:
         return self.values.shape(self.node.inputs[i])
@@ -109,6 +117,9 @@ class Linear:
 
     `apply(at, x, w)` and `adjoint(at, r, w)` are the bias-free map and its adjoint; `bias(at)` broadcasts against the
     output. `scale` multiplies the weight before any rule sees it, as signs and squares of the weight depend on it.
+
+    A weight or bias may depend on the input itself. Rules take it as it is, for it says how what is seen is weighed;
+    the gradient goes to it too, by `others(at, r)`.
     """
 
     kind: ClassVar[str] = "linear"
@@ -118,6 +129,7 @@ class Linear:
     weight: int = 1
     bias: Callable[[At], Array | None] = lambda at: None
     scale: float = 1.0
+    others: Callable[[At, Array], list[Share]] = lambda at, r: []
 
     def _scaled(self, w: Array) -> Array:
         return w if self.scale == 1 else w * self.scale
@@ -148,7 +160,10 @@ class Linear:
         return at.output() if extra is None else at.output() + extra
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
-        return [(self.operand, self.adjoint(at, rs[0], self._scaled(at.input(self.weight))))]
+        shares = self.others(at, rs[0])
+        if at.carries(self.operand):
+            shares.append((self.operand, self.adjoint(at, rs[0], self._scaled(at.input(self.weight)))))
+        return shares
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,8 @@ class Averaging:
     """A linear map with fixed coefficients that are not negative: pooling, means and sums over axes, interpolation.
 
     Norms and their like share as a sum does, of something else than the input: `amount(at)` says of what, |x|^p say,
-    and `gradient(at, r)` is then the exact vector-Jacobian product, which otherwise is the adjoint.
+    and `gradient(at, r)` is then the exact vector-Jacobian product, which otherwise is the adjoint. What else the
+    output depends on smoothly, where samples are taken, say, gets its gradient by `others(at, r)`, and no relevance.
     """
 
     kind: ClassVar[str] = "averaging"
@@ -164,6 +180,7 @@ class Averaging:
     adjoint: Callable[[At, Array], Array]
     amount: Callable[[At], Array] = lambda at: at.input(0)
     gradient: Callable[[At, Array], Array] | None = None
+    others: Callable[[At, Array], list[Share]] = lambda at, r: []
 
     def bind(self, at: At) -> LinearMap:
         return LinearMap(
@@ -177,19 +194,26 @@ class Averaging:
         )
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
-        return [(0, (self.gradient or self.adjoint)(at, rs[0]))]
+        own = [(0, (self.gradient or self.adjoint)(at, rs[0]))] if at.carries(0) else []
+        return [*own, *self.others(at, rs[0])]
 
 
 @dataclass(frozen=True)
 class Additive:
-    """y = sum of coefficient * operand over several tensors, which broadcast: Add, Sub, Sum, Mean."""
+    """y = sum of coefficient * operand over several tensors, which broadcast: Add, Sub, Sum, Mean.
+
+    `shifts` are operands that only shift the others by a statistic of them, as a mean does that is subtracted: they get
+    no relevance.
+    """
 
     kind: ClassVar[str] = "additive"
     coefficients: tuple[float, ...]
+    shifts: tuple[int, ...] = ()
 
     def terms(self, at: At) -> list[tuple[int, Array]]:
         """The summands that can carry relevance, signed as they enter the sum: (input index, array)."""
-        return [(i, at.input(i) * c) for i, c in enumerate(self.coefficients) if at.carries(i)]
+        carried = [i for i in range(len(self.coefficients)) if i not in self.shifts and at.carries(i)]
+        return [(i, at.input(i) * self.coefficients[i]) for i in carried]
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
         return [
@@ -225,26 +249,58 @@ class Elementwise:
 
 @dataclass(frozen=True)
 class Coupled:
-    """A map whose outputs share statistics of the input: softmax, local response normalisation."""
+    """A map whose outputs share statistics of the input: softmax, local response normalisation.
+
+    Where a scale or shift depends on the input too, the gradient goes to it by `others(at, r)`, relevance does not.
+
+    `taylor` is the share of relevance by a Taylor expansion at the input, x times the product with r / y, in a form
+    that holds where y vanishes.
+    """
 
     kind: str
     product: Callable[[At, Array], Array]  # (at, r) -> vector-Jacobian product, same shape as r
+    taylor: Callable[[At, Array], Array] | None = None
+    others: Callable[[At, Array], list[Share]] = lambda at, r: []
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
-        return [(0, self.product(at, rs[0]))]
+        return [*([(0, self.product(at, rs[0]))] if at.carries(0) else []), *self.others(at, rs[0])]
 
 
 @dataclass(frozen=True)
 class Product:
     """A product or quotient of two tensors that both depend on the input.
 
-    `signal` is the operand that carries what is seen where the other one gates or normalises it; None where neither
-    can be told apart.
+    `signal` is the operand that carries what is seen where the other one gates, mixes or normalises it; None where
+    neither can be told apart. `gated` marks elementwise products of two tensors that may count as equals, `given` a
+    bilinear map: `given(i)` is the linear map of operand `i` with the other one as its weight. Any other product
+    belongs to its signal, whatever the rule.
     """
 
     kind: ClassVar[str] = "product"
     partials: Callable[[At, Array], list[Share]]
     signal: int | None = None
+    gated: bool = False
+    given: Callable[[int], Linear] | None = None
+
+    def bind(self, at: At, operand: int) -> LinearMap:
+        """The linear map of one operand of a bilinear product, the other one fixed.
+
+        What a node of its own adds is no bias: a mask, or a table of relative positions. Weights that cannot be
+        negative, as a softmax makes them, count as the coefficients of an average.
+        """
+        assert self.given is not None
+        own = self.given(operand)
+        f = replace(own.bind(at), bias=own.bias(at), total=lambda: Linear._total(at, None))
+        weight = f.weight
+        if at.ops.any_negative(weight):
+            return f
+        return replace(
+            f,
+            weight=None,
+            apply=lambda x, _: f.apply(x, weight),
+            adjoint=lambda r, _: f.adjoint(r, weight),
+            part=lambda what, make: None,
+        )
 
     def vjp(self, at: At, rs: Relevances) -> list[Share]:
         return self.partials(at, rs[0])
@@ -266,16 +322,31 @@ Operator = Linear | Averaging | Additive | Routing | Elementwise | Coupled | Pro
 def following_constant(at: At) -> Array | None:
     """The constant that the only reader of this node adds to its output: a bias that the file writes as its own Add.
 
-    None where the sum is larger than the output: what repeats the output is no bias of it.
+    A Reshape may stand between, as where tokens were rows of one matrix, if it keeps the last axis and the constant
+    has no other. None where the sum is larger than the output: what repeats the output is no bias of it.
     """
-    node = at.node
-    readers = node.graph.consumers(node.outputs[0])
-    if len(readers) != 1 or readers[0].op_type != "Add" or node.outputs[0] in node.graph.outputs:
+    tensor = at.node.outputs[0]
+    reader = _only_reader(at.node, tensor)
+    reshape = reader if reader is not None and reader.op_type == "Reshape" and reader.inputs[0] == tensor else None
+    if reshape is not None:
+        tensor = reshape.outputs[0]
+        reader = _only_reader(reshape, tensor)
+    if reader is None or reader.op_type != "Add":
         return None
-    add = readers[0]
     for i in (0, 1):
-        if add.is_constant(i) and add.inputs[1 - i] == node.outputs[0]:
-            constant, shape = at.values.array(add.inputs[i]), at.output_shape()
+        if reader.is_constant(i) and reader.inputs[1 - i] == tensor:
+            constant, shape = at.values.array(reader.inputs[i]), at.output_shape()
+            if reshape is not None:
+                same = at.values.shape(tensor)[-1:] == shape[-1:] and all(n == 1 for n in constant.shape[:-1])
+                constant = at.ops.shaped(constant, constant.shape[-1:]) if same else None
+            if constant is None or constant.ndim > len(shape):
+                return None
             repeats = any(n not in (1, m) for n, m in zip(constant.shape[::-1], shape[::-1], strict=False))
-            return None if constant.ndim > len(shape) or repeats else constant
+            return None if repeats else constant
     return None
+
+
+def _only_reader(node: Node, tensor: str) -> Node | None:
+    """The one node that reads `tensor`, where there is one and nobody else sees it."""
+    readers = node.graph.consumers(tensor)
+    return readers[0] if len(readers) == 1 and tensor not in node.graph.outputs else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 
@@ -130,12 +131,12 @@ def slice_(node: Node) -> Operator:
 @operator("Gather")
 def gather(node: Node) -> Operator:
     def back(at: At, r: Array) -> Array:
-        shape, index = at.shape(0), at.host(1)
+        shape, picked = at.shape(0), prod(at.shape(1))
         axis = _axis(node.attr("axis", 0), len(shape))
         place = axis + len(shape)
-        flat = np.ravel(index).astype(np.int64) % shape[axis]
-        r = at.ops.reshape(r, (*shape[:place], flat.size, *shape[place + 1 :]))
-        return at.ops.scatter_add(r, flat, axis, shape[axis])
+        index = at.ops.index_within(at.ops.index_shaped(at.index(1), (picked,)), shape[axis])
+        r = at.ops.reshape(r, (*shape[:place], picked, *shape[place + 1 :]))
+        return at.ops.scatter_add(r, index, axis, shape[axis])
 
     return _one(back)
 
@@ -204,6 +205,24 @@ def tile(node: Node) -> Operator:
         shape, repeats = at.shape(0), at.ints(1)
         r = at.ops.reshape(r, [n for pair in zip(repeats, shape, strict=True) for n in pair])
         r = at.ops.sum(r, tuple(range(-2 * len(shape), 0, 2)))
+        return r
+
+    return _one(back)
+
+
+@operator("CenterCropPad", since=18)
+def center_crop_pad(node: Node) -> Operator:
+    """Axes are cut, or padded with zeros, to the sizes in input 1, as much on either side as can be."""
+
+    def back(at: At, r: Array) -> Array:
+        shape = at.shape(0)
+        for axis, out in zip(node.attr("axes", range(len(shape))), at.ints(1), strict=True):
+            axis = _axis(axis, len(shape))
+            size = shape[axis]
+            if size == out:
+                continue
+            before = (out - size) // 2 if out > size else -((size - out) // 2)
+            r = at.ops.scatter_add(r, pad_index(size, before, out - size - before, "constant"), axis, size)
         return r
 
     return _one(back)

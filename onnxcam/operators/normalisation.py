@@ -5,10 +5,13 @@ Relevance passes them unchanged: a statistic decides the scale of what is seen, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
+
 import numpy as np
 
 from onnxcam.graph import Node
-from onnxcam.operators.kinds import Array, At, Coupled, Elementwise, Operator
+from onnxcam.operators.kinds import Array, At, Coupled, Elementwise, Operator, Share
 from onnxcam.operators.registry import need_constant, operator, refusal
 
 
@@ -18,7 +21,8 @@ def batch_normalization(node: Node) -> Operator:
     epsilon = node.attr("epsilon", 1e-5)
     if node.attr("training_mode", 0):
         raise refusal(node, "BatchNormalization in training mode; export the model for inference")
-    need_constant(node, 1, "scale")
+    for i, what in enumerate(("scale", "shift", "mean", "variance"), 1):
+        need_constant(node, i, what)
 
     def scale(at: At) -> Array:
         factor = at.input(1) / at.ops.sqrt(at.input(4) + epsilon)
@@ -47,47 +51,111 @@ def _by_statistics(at: At, x: Array, g: Array, axes: tuple[int, ...], epsilon: f
     return s * (g - x * ops.mean(g * x, axes, keepdims=True))
 
 
+def _normalised(at: At, x: Array, axes: tuple[int, ...], epsilon: float, centred: bool = True) -> Array:
+    """(x - mean) / sqrt(var + epsilon) over `axes`; without `centred` the mean counts as zero."""
+    ops = at.ops
+    if centred:
+        x = x - ops.mean(x, axes, keepdims=True)
+    return x / ops.sqrt(ops.mean(x * x, axes, keepdims=True) + epsilon)
+
+
+def _to_parameters(at: At, r: Array, normalised: Callable[[], Array], behind: int = 0) -> list[Share]:
+    """What the scale in input 1 and the shift in input 2 get, where they depend on the input (adaptive normalisation).
+
+    They broadcast against `r` once `behind` axes of length 1 stand behind them.
+    """
+    shares = []
+    for i, share in ((1, lambda: r * normalised()), (2, lambda: r)):
+        if at.carries(i):
+            wide = (*at.shape(i), *(1,) * behind)
+            shares.append((i, at.ops.reshape(at.ops.unbroadcast(share(), wide), at.shape(i))))
+    return shares
+
+
 @operator("LayerNormalization", "RMSNormalization")
 def layer_normalization(node: Node) -> Operator:
     """Over all axes from `axis` on; RMSNormalization leaves the mean in."""
-    need_constant(node, 1, "scale")
     epsilon, axis = node.attr("epsilon", 1e-5), node.attr("axis", -1)
+    centred = node.op_type == "LayerNormalization"
+
+    def axes(at: At) -> tuple[int, ...]:
+        return tuple(range(axis if axis < 0 else axis - len(at.shape(0)), 0))
 
     def product(at: At, r: Array) -> Array:
-        rank = len(at.shape(0))
-        axes = tuple(range(axis if axis < 0 else axis - rank, 0))
-        return _by_statistics(at, at.input(0), r * at.input(1), axes, epsilon, node.op_type == "LayerNormalization")
+        return _by_statistics(at, at.input(0), r * at.input(1), axes(at), epsilon, centred)
 
-    return Coupled("normalisation", product)
+    def others(at: At, r: Array) -> list[Share]:
+        return _to_parameters(at, r, lambda: _normalised(at, at.input(0), axes(at), epsilon, centred))
+
+    return Coupled("normalisation", product, others=others)
 
 
 @operator("InstanceNormalization")
 def instance_normalization(node: Node) -> Operator:
-    need_constant(node, 1, "scale")
     epsilon = node.attr("epsilon", 1e-5)
 
-    def product(at: At, r: Array) -> Array:
-        return _by_statistics(at, at.input(0), r * _columns(at, 1), tuple(range(2 - len(at.shape(0)), 0)), epsilon)
+    def axes(at: At) -> tuple[int, ...]:
+        return tuple(range(2 - len(at.shape(0)), 0))
 
-    return Coupled("normalisation", product)
+    def product(at: At, r: Array) -> Array:
+        return _by_statistics(at, at.input(0), r * _columns(at, 1), axes(at), epsilon)
+
+    def others(at: At, r: Array) -> list[Share]:
+        return _to_parameters(at, r, lambda: _normalised(at, at.input(0), axes(at), epsilon), len(at.shape(0)) - 2)
+
+    return Coupled("normalisation", product, others=others)
 
 
 @operator("GroupNormalization")
 def group_normalization(node: Node) -> Operator:
     """The scale is one number per group before opset 21, per channel after."""
-    need_constant(node, 1, "scale")
     epsilon, groups = node.attr("epsilon", 1e-5), node.attr("num_groups")
+    per_group = node.opset < 21
+
+    def grouped(at: At) -> tuple[int, ...]:
+        shape = at.shape(0)
+        return (shape[0], groups, shape[1] // groups, *shape[2:])
+
+    def axes(at: At) -> tuple[int, ...]:
+        return tuple(range(1 - len(at.shape(0)), 0))
+
+    def scaled(at: At, r: Array) -> Array:
+        """(T, N, groups, ...), times the scale."""
+        if not per_group:
+            return at.ops.reshape(r * _columns(at, 1), grouped(at))
+        return at.ops.reshape(r, grouped(at)) * at.ops.shaped(at.input(1), (-1, *(1,) * (len(at.shape(0)) - 1)))
 
     def product(at: At, r: Array) -> Array:
+        ops, x = at.ops, at.ops.shaped(at.input(0), grouped(at))
+        return ops.reshape(_by_statistics(at, x, scaled(at, r), axes(at), epsilon), at.shape(0))
+
+    def others(at: At, r: Array) -> list[Share]:
         ops, shape = at.ops, at.shape(0)
-        grouped = (shape[0], groups, shape[1] // groups, *shape[2:])
-        if node.opset >= 21:
-            r = r * _columns(at, 1)
-        g = ops.reshape(r, grouped)
-        if node.opset < 21:
-            g = g * ops.shaped(at.input(1), (-1, *(1,) * (len(grouped) - 2)))
-        axes = tuple(range(2 - len(grouped), 0))
-        return ops.reshape(_by_statistics(at, ops.shaped(at.input(0), grouped), g, axes, epsilon), shape)
+
+        def normalised() -> Array:
+            x = _normalised(at, ops.shaped(at.input(0), grouped(at)), axes(at), epsilon)
+            return ops.shaped(x, (shape[0], groups, -1) if per_group else shape)
+
+        if per_group:
+            r = ops.reshape(r, (shape[0], groups, prod(shape[1:]) // groups))
+        return _to_parameters(at, r, normalised, r.ndim - 3)
+
+    return Coupled("normalisation", product, others=others)
+
+
+@operator("MeanVarianceNormalization")
+def mean_variance_normalization(node: Node) -> Operator:
+    """(x - mean) / (deviation + 1e-9) over `axes`, by default all but the channels, the images too (ONNX spec)."""
+    given = node.attr("axes", [0, 2, 3])
+
+    def product(at: At, r: Array) -> Array:
+        ops, rank = at.ops, len(at.shape(0))
+        axes = tuple(a if a < 0 else a - rank for a in given)
+        x = at.input(0) - ops.mean(at.input(0), axes, keepdims=True)
+        deviation = ops.sqrt(ops.mean(x * x, axes, keepdims=True))
+        s = 1 / (deviation + 1e-9)
+        slope = x * s / ops.where(deviation > 0, deviation, 1.0)
+        return s * (r - ops.mean(r, axes, keepdims=True) - slope * ops.mean(r * x, axes, keepdims=True))
 
     return Coupled("normalisation", product)
 
@@ -149,7 +217,12 @@ def softmax(node: Node) -> Operator:
         y, axes = at.output(0), _softmax_axes(node, len(at.shape(0)))
         return y * (r - at.ops.sum(r * y, axes, keepdims=True))
 
-    return Coupled("softmax", product)
+    def taylor(at: At, r: Array) -> Array:
+        """x (R - y sum R): what a mask sends to minus infinity has no y and gets nothing (Achtibat et al. 2024)."""
+        x, y, axes = at.input(0), at.output(0), _softmax_axes(node, len(at.shape(0)))
+        return at.ops.where(y > 0, x * (r - y * at.ops.sum(r, axes, keepdims=True)), 0.0)
+
+    return Coupled("softmax", product, taylor)
 
 
 @operator("LogSoftmax")

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from onnxcam.engines.window import Window
+from onnxcam.engines.window import Window, resolve_conv
 from onnxcam.errors import ModelError
 from onnxcam.graph import Node
 from onnxcam.operators.geometry import pool_window
@@ -135,6 +135,51 @@ def max_pool(node: Node) -> Operator:
         return [(0, at.ops.window_max_adjoint(rs[0], at.input(0), at.output(0), window))]
 
     return Routing(route)
+
+
+@operator("MaxUnpool", since=9)
+def max_unpool(node: Node) -> Operator:
+    """Input 1 says where in the flattened output the entries of input 0 stand; the rest of it is zero.
+
+    Where two share a place, ONNX leaves open which one stands there: here each gets what the place gets.
+    """
+
+    def route(at: At, rs: Relevances) -> list[Share]:
+        ops, shape = at.ops, at.shape(0)
+        index = ops.index_shaped(at.index(1), (prod(shape),))
+        flat = ops.reshape(rs[0], (prod(at.output_shape()),))
+        return [(0, ops.reshape(ops.take(flat, index, -1), shape))]
+
+    return Routing(route)
+
+
+@operator("Col2Im", since=18)
+def col2im(node: Node) -> Operator:
+    """Columns (N, C cells, positions) added up where the window that they are the cells of stood: the adjoint of a Conv
+    whose channels are the cells."""
+
+    def window(at: At) -> Window:
+        return resolve_conv(
+            at.ints(1), at.ints(2), "NOTSET", node.attr("dilations"), node.attr("pads"), node.attr("strides")
+        )
+
+    def weight(at: At) -> tuple[Array, int]:
+        """(C cells, 1, *block), and C."""
+        block, channels = at.ints(2), at.output_shape()[1]
+        cells = np.eye(prod(block)).reshape(-1, 1, *block)
+        return at.ops.asarray(np.tile(cells, (channels, *(1,) * (cells.ndim - 1)))), channels
+
+    def apply(at: At, x: Array) -> Array:
+        w, channels = weight(at)
+        n, rows = at.shape(0)[:2]
+        x = at.ops.shaped(x, (n, rows, *window(at).output(tuple(at.ints(1)))))
+        return at.ops.conv_adjoint(x, w, window(at), at.ints(1), channels)
+
+    def adjoint(at: At, r: Array) -> Array:
+        w, channels = weight(at)
+        return at.ops.reshape(at.ops.conv(r, w, window(at), channels), at.shape(0))
+
+    return Averaging(apply, adjoint)
 
 
 @operator("GlobalMaxPool")

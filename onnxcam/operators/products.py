@@ -1,48 +1,14 @@
 """Products and quotients. By a constant they scale; of two tensors, one usually gates the other.
 
-Under LRP the signal takes all the relevance and the gate gets none (spec 4.4). A gate is recognised by where it comes
-from: a squashing function, possibly scaled or cast on the way, or a tensor without spatial extent.
+Under LRP the signal takes all the relevance and the gate gets none (spec 4.4); `roles` tells which is which.
 """
 
 from __future__ import annotations
 
 from onnxcam.graph import Node
-from onnxcam.operators.kinds import Array, At, Elementwise, Operator, Product, Share
+from onnxcam.operators.kinds import Array, At, Elementwise, Operator, Product, Share, Statistic
 from onnxcam.operators.registry import need_numpy_broadcasting, operator
-
-SQUASHING = {"Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Clip", "Erf", "QLinearSigmoid"}
-_TRANSPARENT = {
-    *("Mul", "Div", "Add", "Sub", "Cast", "Identity"),
-    *("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand"),
-}
-
-
-def squashed(node: Node, i: int) -> bool:
-    """True where operand `i` comes from a squashing function, through nothing but constants and layout."""
-    maker = node.producer(i)
-    while maker is not None and maker.op_type not in SQUASHING:
-        dynamic = [j for j in range(len(maker.inputs)) if maker.has(j) and not maker.is_constant(j)]
-        if maker.op_type not in _TRANSPARENT or len(dynamic) != 1:
-            return False
-        maker = maker.producer(dynamic[0])
-    return maker is not None
-
-
-def _extent(node: Node, i: int) -> int:
-    """Number of spatial axes along which operand `i` is longer than 1."""
-    shape = node.shape(i)
-    return sum(n != 1 for n in shape[2:]) if shape is not None and len(shape) > 2 else 0
-
-
-def signal_of(node: Node) -> int | None:
-    """Which operand of a Mul is the signal; None where neither is a gate, or both are the same tensor."""
-    if node.inputs[0] == node.inputs[1]:
-        return None
-    gates = [squashed(node, i) for i in (0, 1)]
-    if gates[0] != gates[1]:
-        return 0 if gates[1] else 1
-    extents = [_extent(node, i) for i in (0, 1)]
-    return None if extents[0] == extents[1] else int(extents[1] > extents[0])
+from onnxcam.operators.roles import data_inputs, own_signal, signal_of
 
 
 def _scaling(operand: int, factor: int, divide: bool = False) -> Operator:
@@ -56,14 +22,16 @@ def _scaling(operand: int, factor: int, divide: bool = False) -> Operator:
 @operator("Mul")
 def mul(node: Node) -> Operator:
     need_numpy_broadcasting(node)
+    data = data_inputs(node)
     for operand in (0, 1):
-        if node.is_constant(1 - operand):
+        if node.is_constant(1 - operand) or data == [operand]:
             return _scaling(operand, 1 - operand)
 
     def partials(at: At, r: Array) -> list[Share]:
         return [(i, at.ops.unbroadcast(r * at.input(1 - i), at.shape(i))) for i in (0, 1)]
 
-    return Product(partials, signal_of(node))
+    own = own_signal(node)
+    return Product(partials, signal_of(node) if own is None else own, gated=own is None)
 
 
 @operator("Div")
@@ -79,3 +47,21 @@ def div(node: Node) -> Operator:
         return [*shares, (1, at.ops.unbroadcast(-r * at.output(0) / b, at.shape(1)))]
 
     return Product(partials, 0 if not node.is_constant(0) else 1)
+
+
+@operator("Mod", since=10)
+def mod(node: Node) -> Operator:
+    """x - b times a whole number: 1 for x, minus the whole number for b. On whole numbers it counts, and carries
+    nothing."""
+    dtype = node.graph.dtype(node.outputs[0])
+    if dtype is not None and dtype.kind in "iu":
+        return Statistic()
+
+    def partials(at: At, r: Array) -> list[Share]:
+        shares = [(0, at.ops.unbroadcast(r, at.shape(0)))] if at.carries(0) else []
+        if at.carries(1):
+            times = at.ops.round((at.input(0) - at.output(0)) / at.input(1))
+            shares.append((1, at.ops.unbroadcast(-(r * times), at.shape(1))))
+        return shares
+
+    return Product(partials, 0)

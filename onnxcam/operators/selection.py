@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
+from onnxcam.engines.places import Index
 from onnxcam.graph import Node
 from onnxcam.operators.kinds import At, Operator, Relevances, Routing, Share
 from onnxcam.operators.registry import operator, refusal
@@ -48,6 +50,74 @@ def trilu(node: Node) -> Operator:
     return Routing(route)
 
 
+def _axis(node: Node, at: At, default: int) -> int:
+    """The attribute `axis`, counted from the end."""
+    axis = int(node.attr("axis", default))
+    return axis if axis < 0 else axis - len(at.shape(0))
+
+
+@operator("GatherElements")
+def gather_elements(node: Node) -> Operator:
+    def route(at: At, rs: Relevances) -> list[Share]:
+        return [(0, at.ops.put_elements(rs[0], at.index(1), _axis(node, at, 0), at.input(0)))]
+
+    return Routing(route)
+
+
+@operator("TopK")
+def top_k(node: Node) -> Operator:
+    """Output 1 says where the values of output 0 come from."""
+    if len(node.outputs) < 2 or not node.outputs[1]:
+        raise refusal(node, "TopK without its output of indices does not tell where its values come from")
+
+    def route(at: At, rs: Relevances) -> list[Share]:
+        if rs[0] is None:
+            return []
+        return [(0, at.ops.put_elements(rs[0], at.values.index(node.outputs[1]), _axis(node, at, -1), at.input(0)))]
+
+    return Routing(route)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A tensor as (rows, places, entries): GatherND and ScatterND pick among the places of each row, all entries there.
+
+    Attributes:
+        data: that shape.
+        index: which places, (rows, picked, entries).
+    """
+
+    data: tuple[int, ...]
+    index: Index
+
+    @classmethod
+    def of(cls, at: At, batch: int) -> _Blocks:
+        """The operand 0 and the index in input 1, whose last axis holds coordinates behind `batch` axes in common."""
+        shape, lead = at.shape(0), at.shape(1)[:-1]
+        depth = at.shape(1)[-1]
+        sizes, entries = shape[batch : batch + depth], prod(shape[batch + depth :])
+        rows = shape[0] if batch == 1 else prod(shape[:batch])
+        picked = prod(lead[batch:])
+        places = at.ops.index_shaped(at.ops.index_of_coordinates(at.index(1), sizes), (rows, picked, 1))
+        return cls((rows, prod(sizes), entries), at.ops.index_repeated(places, (rows, picked, entries)))
+
+    @property
+    def picked(self) -> tuple[int, ...]:
+        return tuple(self.index.shape)
+
+
+@operator("GatherND")
+def gather_nd(node: Node) -> Operator:
+    def route(at: At, rs: Relevances) -> list[Share]:
+        if not at.carries(0):
+            return []
+        ops, blocks = at.ops, _Blocks.of(at, node.attr("batch_dims", 0))
+        r, like = ops.reshape(rs[0], blocks.picked), ops.shaped(at.input(0), blocks.data)
+        return [(0, ops.reshape(ops.put_elements(r, blocks.index, -2, like), at.shape(0)))]
+
+    return Routing(route)
+
+
 Picked = Callable[[At], np.ndarray]  # which flat entry of operand 0 each entry of the output is
 
 
@@ -60,43 +130,6 @@ def _picking(picked: Picked) -> Operator:
         return [(0, at.ops.reshape(flat, shape))]
 
     return Routing(route)
-
-
-def _elements(index: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Flat places in `shape` that ONNX GatherElements reads with `index` along `axis`."""
-    places: list[np.ndarray] = list(np.indices(index.shape))
-    places[axis] = index.astype(np.int64) % shape[axis]
-    return np.asarray(np.ravel_multi_index(tuple(places), shape))
-
-
-def _slices(index: np.ndarray, shape: tuple[int, ...], batch: int) -> np.ndarray:
-    """Flat places in `shape` that ONNX GatherND reads: the last axis of `index` holds coordinates."""
-    depth = index.shape[-1]
-    flat = np.arange(prod(shape)).reshape(shape)
-    given = tuple(index[..., i].astype(np.int64) for i in range(depth))
-    lead = np.indices(index.shape[:-1])[:batch]
-    return flat[(*lead, *given)]
-
-
-@operator("GatherElements")
-def gather_elements(node: Node) -> Operator:
-    return _picking(lambda at: _elements(at.host(1), at.shape(0), node.attr("axis", 0) % len(at.shape(0))))
-
-
-@operator("GatherND")
-def gather_nd(node: Node) -> Operator:
-    return _picking(lambda at: _slices(at.host(1), at.shape(0), node.attr("batch_dims", 0)))
-
-
-@operator("TopK")
-def top_k(node: Node) -> Operator:
-    """Output 1 says where the values of output 0 come from."""
-
-    def picked(at: At) -> np.ndarray:
-        index = at.values.host(node.outputs[1])
-        return _elements(index, at.shape(0), node.attr("axis", -1) % index.ndim)
-
-    return _picking(picked)
 
 
 @operator("Compress")
@@ -126,36 +159,46 @@ def reverse_sequence(node: Node) -> Operator:
     return _picking(picked)
 
 
-def _scattering(node: Node, places: Picked) -> Operator:
-    """Operand 0 with entries replaced by, or added to, those of operand 2: `places(at)` says where, flat."""
+def _overwrites(node: Node) -> bool:
+    """Whether a scatter replaces entries; else it adds to them.
+
+    Raises:
+        ModelError: it does something else.
+    """
     reduction = node.attr("reduction", "none")
     if reduction not in ("none", "add"):
         raise refusal(node, f"there is no operator for {node.op_type} with reduction {reduction!r}")
-
-    def route(at: At, rs: Relevances) -> list[Share]:
-        ops, shape, index = at.ops, at.shape(0), np.ravel(places(at))
-        size, r = prod(shape), rs[0]
-        shares = []
-        if at.carries(2):
-            taken = ops.take(ops.reshape(r, (size,)), index, -1)
-            shares.append((2, ops.reshape(taken, at.shape(2))))
-        if at.carries(0):
-            if reduction == "none":
-                kept = np.ones(size)
-                kept[index] = 0
-                r = r * ops.asarray(kept.reshape(shape))
-            shares.append((0, r))
-        return shares
-
-    return Routing(route)
+    return bool(reduction == "none")
 
 
 @operator("ScatterElements", "Scatter")
 def scatter_elements(node: Node) -> Operator:
     """Where updates meet in one place without a reduction, ONNX leaves open which one wins: here all of them do."""
-    return _scattering(node, lambda at: _elements(at.host(1), at.shape(0), node.attr("axis", 0) % len(at.shape(0))))
+    overwrites = _overwrites(node)
+
+    def route(at: At, rs: Relevances) -> list[Share]:
+        ops, index, axis, shares = at.ops, at.index(1), _axis(node, at, 0), []
+        if at.carries(2):
+            shares.append((2, ops.get_elements(rs[0], index, axis)))
+        if at.carries(0):
+            shares.append((0, rs[0] * ops.untouched(index, axis, at.input(0)) if overwrites else rs[0]))
+        return shares
+
+    return Routing(route)
 
 
 @operator("ScatterND")
 def scatter_nd(node: Node) -> Operator:
-    return _scattering(node, lambda at: _slices(at.host(1), at.shape(0), 0))
+    overwrites = _overwrites(node)
+
+    def route(at: At, rs: Relevances) -> list[Share]:
+        ops, shape, blocks, shares = at.ops, at.shape(0), _Blocks.of(at, 0), []
+        if at.carries(2):
+            taken = ops.get_elements(ops.reshape(rs[0], blocks.data), blocks.index, -2)
+            shares.append((2, ops.reshape(taken, at.shape(2))))
+        if at.carries(0):
+            kept = ops.untouched(blocks.index, -2, ops.shaped(at.input(0), blocks.data)) if overwrites else None
+            shares.append((0, rs[0] if kept is None else rs[0] * ops.shaped(kept, shape)))
+        return shares
+
+    return Routing(route)

@@ -5,16 +5,22 @@ Oracle for values: ONNX Runtime in float32, 1e-5. Oracle for the product: the ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+import torch.nn.functional as F
+from walking import ENGINES, as_written, carry
 
-from onnxcam.errors import ModelError
+from onnxcam.composites import COMPOSITES
 from tests.operators.single_node import Single, agree, build, check_map, cotangents, runtime
 
+GRADIENT = COMPOSITES["gradient"]
 PADS = ((0, 0), (1, 1), (1, 0), (0, 2), (2, 1))
 
 
@@ -165,19 +171,149 @@ def test_matmul_of_two_signals_is_bilinear(a: tuple[int, ...], b: tuple[int, ...
         agree((back[name] * value).reshape(2, -1).sum(1), expected, 1e-10)
 
 
-@pytest.mark.parametrize(
-    "op, inputs, dynamic",
-    [
-        ("Conv", [normal(1, 2, 5, 5), normal(3, 2, 3, 3)], "weight"),
-        ("Conv", [normal(1, 2, 5, 5), normal(3, 2, 3, 3), normal(3)], "bias"),
-        ("ConvTranspose", [normal(1, 2, 5, 5), normal(2, 3, 3, 3)], "weight"),
-        ("Gemm", [normal(2, 3), normal(3, 4)], "weight"),
-        ("Gemm", [normal(2, 3), normal(3, 4), normal(4)], "bias"),
-    ],
-)
-def test_a_weight_or_bias_that_depends_on_the_input_is_refused_by_name(
-    op: str, inputs: list[np.ndarray], dynamic: str
-) -> None:
-    model, feeds = build(op, inputs, (1,) if dynamic == "bias" else ())
-    with pytest.raises(ModelError, match=f"node '{op.lower()}': the {dynamic} of {op} .*onnxcam layers"):
-        Single(model, feeds, runtime(model, feeds))
+@dataclass(frozen=True)
+class Weighed:
+    """A node whose weight, and bias, are inputs like its data; and the same in torch."""
+
+    op: str
+    shapes: tuple[tuple[int, ...], ...]
+    attributes: dict[str, Any]
+    torch: Callable[..., torch.Tensor]
+
+
+WEIGHED = {
+    "conv": Weighed(
+        "Conv",
+        ((2, 4, 7, 8), (6, 2, 3, 2), (6,)),
+        {"group": 2, "strides": [2, 1], "dilations": [1, 2], "pads": [1, 0, 2, 1]},
+        lambda x, w, b: F.conv2d(F.pad(x, (0, 1, 1, 2)), w, b, (2, 1), 0, (1, 2), 2),
+    ),
+    "conv with a weight of its own for each image": Weighed(
+        "Conv",
+        ((1, 6, 5, 5), (9, 2, 3, 3)),
+        {"group": 3, "pads": [1] * 4},
+        lambda x, w: F.conv2d(x, w, None, 1, 1, 1, 3),
+    ),
+    "depthwise conv": Weighed(
+        "Conv",
+        ((2, 3, 6, 6), (3, 1, 3, 3)),
+        {"group": 3, "strides": [2, 2]},
+        lambda x, w: F.conv2d(x, w, None, 2, 0, 1, 3),
+    ),
+    "conv over a line": Weighed("Conv", ((2, 3, 9), (2, 3, 4)), {"strides": [3]}, lambda x, w: F.conv1d(x, w, None, 3)),
+    "transposed conv": Weighed(
+        "ConvTranspose",
+        ((2, 4, 5, 4), (4, 3, 3, 2), (6,)),
+        {"group": 2, "strides": [2, 3], "pads": [1, 0, 1, 0], "output_padding": [1, 0]},
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 3), (1, 0), (1, 0), 2),
+    ),
+    "gemm": Weighed(
+        "Gemm",
+        ((4, 3), (5, 4), (5,)),
+        {"transA": 1, "transB": 1, "alpha": 0.5, "beta": 2.0},
+        lambda a, b, c: 0.5 * a.T @ b.T + 2 * c,
+    ),
+    "gemm plus a matrix": Weighed("Gemm", ((3, 4), (4, 5), (3, 1)), {}, lambda a, b, c: a @ b + c),
+    "layer normalisation": Weighed(
+        "LayerNormalization",
+        ((2, 3, 4, 5), (4, 5), (4, 5)),
+        {"axis": 2},
+        lambda x, w, b: F.layer_norm(x, (4, 5)) * w + b,
+    ),
+    "adaptive layer normalisation": Weighed(
+        "LayerNormalization",
+        ((2, 3, 5), (2, 1, 5), (2, 1, 5)),
+        {},
+        lambda x, w, b: F.layer_norm(x, (5,)) * w + b,
+    ),
+    "instance normalisation": Weighed(
+        "InstanceNormalization", ((2, 3, 4, 4), (3,), (3,)), {}, lambda x, w, b: F.instance_norm(x, None, None, w, b)
+    ),
+    "normalisation by mean and variance": Weighed(
+        "MeanVarianceNormalization",
+        ((2, 3, 4, 5),),
+        {},
+        lambda x: (x - x.mean((0, 2, 3), True)) / (x.std((0, 2, 3), False, True) + 1e-9),
+    ),
+    "normalisation by mean and variance of rows": Weighed(
+        "MeanVarianceNormalization",
+        ((2, 3, 5),),
+        {"axes": [-1]},
+        lambda x: (x - x.mean(-1, True)) / (x.std(-1, False, True) + 1e-9),
+    ),
+    "group normalisation": Weighed(
+        "GroupNormalization", ((2, 6, 4, 3), (6,), (6,)), {"num_groups": 3}, lambda x, w, b: F.group_norm(x, 3, w, b)
+    ),
+}
+
+
+def _declare(model: onnx.ModelProto, shape: Sequence[int]) -> None:
+    """The output's shape, which inference has no answer for in float64 here and there."""
+    output = model.graph.output[0]
+    output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, onnx.TensorProto.DOUBLE, shape))
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", WEIGHED.values(), ids=list(WEIGHED))
+def test_a_weight_that_depends_on_the_input_gets_its_gradient(case: Weighed, engine: str, targets: int) -> None:
+    """Oracle: torch's autograd in float64; sums in another order, hence 1e-10."""
+    arrays = [normal(*shape).astype(np.float64) for shape in case.shapes]
+    model, feeds = build(case.op, arrays, **case.attributes)
+    leaves = [torch.from_numpy(a).requires_grad_() for a in arrays]
+    y = case.torch(*leaves)
+    _declare(model, y.shape)
+    start = cotangents(y.shape, targets)
+    flow = carry(engine, as_written(model), feeds | {"o0": y.detach().numpy()}, {"o0": start}, list(feeds), GRADIENT)
+    for i, leaf in enumerate(leaves):
+        want = [torch.autograd.grad(y, leaf, torch.from_numpy(u), retain_graph=True)[0].numpy() for u in start]
+        agree(flow.relevance[f"i{i}"], np.stack(want), 1e-10)
+
+
+@pytest.mark.parametrize("op, opset", [("GroupNormalization", 20)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_scale_for_each_group_gets_its_gradient(op: str, opset: int, engine: str) -> None:
+    """Before opset 21 scale and shift are one number per group. Oracle: torch's autograd in float64, 1e-10."""
+    arrays = [normal(*shape).astype(np.float64) for shape in ((2, 6, 4, 3), (3,), (3,))]
+    model, feeds = build(op, arrays, opset=opset, num_groups=3)
+    x, w, b = (torch.from_numpy(a).requires_grad_() for a in arrays)
+    y = F.group_norm(x, 3, w.repeat_interleave(2), b.repeat_interleave(2))
+    _declare(model, y.shape)
+    start = cotangents(y.shape, 1)
+    graph = as_written(model)
+    flow = carry(engine, graph, feeds | {"o0": y.detach().numpy()}, {"o0": start}, list(feeds), GRADIENT)
+    want = torch.autograd.grad(y, (x, w, b), torch.from_numpy(start[0]))
+    for i in range(3):
+        agree(flow.relevance[f"i{i}"], want[i].numpy()[None], 1e-10)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["relevance_cam", "epsilon_plus", "epsilon_alpha2_beta1"])
+@pytest.mark.parametrize("case", ["conv with a weight of its own for each image", "transposed conv"])
+def test_relevance_goes_to_what_a_computed_weight_weighs(case: str, name: str, engine: str) -> None:
+    """It is what the same weight as a constant of the file gives, and the weight gets none."""
+    given = WEIGHED[case]
+    raw, *rest = [normal(*shape).astype(np.float64) for shape in given.shapes[1:]]
+    arrays = [normal(*given.shapes[0]).astype(np.float64), torch.softmax(torch.from_numpy(raw), -1).numpy(), *rest]
+    y = given.torch(*map(torch.from_numpy, arrays)).numpy()
+    start, found = cotangents(y.shape), []
+    for constants in ((), range(1, len(arrays))):
+        model, _ = build(given.op, arrays, constants, **given.attributes)
+        if not constants:
+            model.graph.node.insert(0, onnx.helper.make_node("Softmax", ["w"], ["i1"], axis=-1, name="weights"))
+            model.graph.input[1].name = "w"
+        graph = as_written(model)
+        values = {f"i{i}": a for i, a in enumerate(arrays)} | {"o0": y, "w": raw}
+        found.append(carry("numpy" if constants else engine, graph, values, {"o0": start}, ["i0"], COMPOSITES[name]))
+    agree(found[0].relevance["i0"], found[1].relevance["i0"], 1e-9)
+    assert set(found[0].relevance) == {"i0"}
+
+
+def test_a_weight_that_alone_depends_on_the_input_gets_the_relevance() -> None:
+    """Bias apart, it is all handed on: z-plus conserves."""
+    x, w = np.abs(normal(1, 3, 6, 6)), np.abs(normal(4, 3, 3, 3))
+    for op, weight in (("Conv", w), ("ConvTranspose", w[:3])):
+        model, feeds = build(op, [x, weight], (0,))
+        back = Single(model, feeds, y := runtime(model, feeds)).back({"o0": np.ones((1, *y[0].shape))}, "relevance_cam")
+        agree(back["i1"].sum(), np.asarray(y[0].size, np.float64), 1e-9)
+        assert set(back) == {"i1"}
