@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from onnxcam.errors import ModelError
 from onnxcam.graph import Node
 from onnxcam.operators.kinds import Operator
+from onnxcam.operators.refused import REFUSED
 
 Make = Callable[[Node], Operator]
 
@@ -45,30 +46,43 @@ def registered() -> list[tuple[str, str, int, int | None]]:
     )
 
 
-# What the op types of quantised graphs have in their names: QuantizeLinear, QLinearConv, ConvInteger, ...
-_QUANTISED = ("quantize", "qlinear", "qgemm", "qattention", "integer", "matmulnbits")
-
-
-def _find(node: Node) -> _Entry | None:
-    for entry in _ENTRIES.get((node.domain, node.op_type), []):
-        if entry.since <= node.opset and (entry.until is None or node.opset <= entry.until):
+def _find(domain: str, op_type: str, opset: int) -> _Entry | None:
+    for entry in _ENTRIES.get((domain, op_type), []):
+        if entry.since <= opset and (entry.until is None or opset <= entry.until):
             return entry
     return None
+
+
+def has_operator(domain: str, op_type: str, opset: int) -> bool:
+    """True where there is an operator for this op at this opset."""
+    return _find(domain, op_type, opset) is not None
+
+
+def _known_reason(node: Node) -> str | None:
+    """Why there is none on purpose: for the op in general, or for the form that this node is in."""
+    # canonise knows operators, not they it
+    from onnxcam.canonise.einsum import why_kept
+    from onnxcam.canonise.expansion import why_not as why_not_expanded
+    from onnxcam.canonise.recurrent import why_rolled
+
+    reason = REFUSED.get((node.domain, node.op_type))
+    surgeon = node.graph.surgeon.nodes[node.index]
+    return reason or why_not_expanded(surgeon, node.graph.surgeon) or why_kept(surgeon) or why_rolled(surgeon)
 
 
 def why_not(node: Node) -> str:
     """One line that says which node has no operator, and the ways out."""
     name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    reason = _known_reason(node)
+    if reason is not None:
+        return f"node {node.name!r}: no operator for {name} at opset {node.opset}: {reason}"
     known = [op for domain, op in _ENTRIES if domain == node.domain]
     near = difflib.get_close_matches(node.op_type, known, n=1, cutoff=0.8)
     hint = f" (there is one for {near[0]})" if near and near[0] != node.op_type else ""
-    way_out = (
-        "the model is quantised, which onnxcam does not explain yet: explain the float model it was made from"
-        if any(mark in node.op_type.lower() for mark in _QUANTISED)
-        else "explain a layer that lies behind it (see `onnxcam layers`), or add the operator as "
-        "docs/add-an-operator.md shows"
+    return (
+        f"node {node.name!r}: no operator for {name} at opset {node.opset}{hint}; explain a layer that lies behind it "
+        "(see `onnxcam layers`), or add the operator as docs/add-an-operator.md shows"
     )
-    return f"node {node.name!r}: no operator for {name} at opset {node.opset}{hint}; {way_out}"
 
 
 def refusal(node: Node, why: str) -> ModelError:
@@ -84,7 +98,7 @@ def need_constant(node: Node, i: int, what: str) -> None:
     Raises:
         ModelError: says what and where.
     """
-    if node.has(i) and not node.is_constant(i):
+    if node.has(i) and node.inputs[i] in node.graph.data:
         raise refusal(node, f"the {what} of {node.op_type} is computed in the graph from the input")
 
 
@@ -104,7 +118,7 @@ def lookup(node: Node) -> Operator:
     Raises:
         ModelError: onnxcam has no operator for it; the message names node, op, opset and the way out.
     """
-    entry = _find(node)
+    entry = _find(node.domain, node.op_type, node.opset)
     if entry is None:
         raise ModelError(why_not(node))
     return entry.make(node)
