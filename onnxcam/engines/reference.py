@@ -68,6 +68,7 @@ def _replacements() -> list[Any]:
     from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
     from onnxcam.engines.array import ArrayOps
+    from onnxcam.engines.reference_rounding import rounding_ops
     from onnxcam.engines.window import Window, resolve_conv, resolve_pool
 
     ops = ArrayOps(np, "float64")
@@ -142,6 +143,25 @@ def _replacements() -> list[Any]:
             window = ((distance >= -below) & (distance <= size - 1 - below)).astype(np.float64)
             return (x / (bias + alpha / size * ops.along(x * x, window, 1 - x.ndim)) ** beta,)
 
+    class MeanVarianceNormalization(OpRun):
+        """The specification defines it with constants in float32."""
+
+        op_domain = ""
+
+        def _run(self, x, axes=None):  # type: ignore[no-untyped-def]
+            over = tuple(axes or (0, 2, 3))
+            return ((x - x.mean(over, keepdims=True)) / (x.std(over, keepdims=True) + 1e-9),)
+
+    class GatherElements(OpRun):
+        """The evaluator's own takes no axis of more than 64 entries (onnx 1.23)."""
+
+        op_domain = ""
+
+        def _run(self, data, indices, axis=None):  # type: ignore[no-untyped-def]
+            axis = (axis or 0) % data.ndim
+            within = tuple(slice(None if i == axis else n) for i, n in enumerate(indices.shape))
+            return (np.take_along_axis(data[within], indices, axis),)
+
     class Erf(OpRun):
         op_domain = ""
 
@@ -156,4 +176,4 @@ def _replacements() -> list[Any]:
                 return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
             return (0.5 * x * (1 + erf(x / math.sqrt(2))),)
 
-    return [Conv, ConvTranspose, MaxPool, LRN, Erf, Gelu]
+    return [Conv, ConvTranspose, MaxPool, LRN, MeanVarianceNormalization, GatherElements, Erf, Gelu, *rounding_ops()]
