@@ -13,13 +13,15 @@ import fnmatch
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from onnxcam.errors import UsageError
 from onnxcam.graph import Graph, Node, Shape
-from onnxcam.maps import Axes, spatial_axes
+from onnxcam.maps import Axes, Form, Maps
+from onnxcam.operators.roles import inside_normalisations
 from onnxcam.signs import mostly_positive_tensors, nonnegative_tensors, self_gates
 
 ACTIVATIONS = set(
@@ -30,8 +32,19 @@ _SQUASHERS = {"Sigmoid", "HardSigmoid", "Softmax"}
 # Ops that make no layer of their own: they only rearrange, or work on statistics.
 _NO_LAYER = set(
     "Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Gather Identity Dropout Cast Expand Tile Pad Shape "
-    "Constant ConstantOfShape Range Where".split()
+    "Constant ConstantOfShape Range Where QuantizeLinear DequantizeLinear DynamicQuantizeLinear".split()
 )
+NORMS = set(
+    "LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization "
+    "SkipSimplifiedLayerNormalization GroupNormalization InstanceNormalization BatchNormalization LpNormalization "
+    "MeanVarianceNormalization".split()
+)
+LINEAR = set(
+    "Conv ConvTranspose ConvInteger QLinearConv FusedConv NhwcConv NhwcFusedConv DeformConv MatMul Gemm MatMulInteger "
+    "QLinearMatMul QGemm FusedMatMul FusedGemm MatMulNBits MatMulIntegerToFloat Einsum".split()
+)
+_SUMS = {"Add", "Sum", "QLinearAdd"}
+SIGNS = ("nonnegative", "mostly positive", "signed")
 KEYWORDS = ("auto", "suggested", "all")
 
 
@@ -44,12 +57,15 @@ class Layer:
         node: the node it is named after, as in the user's file.
         op: that node's op type.
         tensor: the tensor whose channels are weighted.
-        shape: the tensor's shape, (N, C, *spatial).
+        shape: the tensor's shape, whatever its layout.
         stage: 1 for the finest resolution, counting up as the maps get coarser.
         sign: "nonnegative"; "mostly positive" behind an activation such as SiLU; "signed" where much may be negative.
         suggested: the best place at its resolution.
         bottleneck: everything the model sees on its way to the logits passes through this one tensor.
         path: the module path, where the file records one.
+        form: how the tensor is a map; None for features (N, F), which are none.
+        reaches: False behind the last attention of a network that reads its class token: the tokens of the picture
+            lead to no logit from here on, and the map is zero.
     """
 
     index: int | None
@@ -62,10 +78,25 @@ class Layer:
     suggested: bool = False
     bottleneck: bool = False
     path: str = ""
+    form: Form | None = None
+    reaches: bool = True
 
     @property
     def spatial(self) -> Shape:
-        return self.shape[2:]
+        """The size of the map."""
+        return self.shape[2:] if self.form is None else self.form.grid
+
+    def activation(self, ops: Any, x: Any) -> Any:
+        """The layer's tensor as (N, C, *spatial), with the primitives of an engine; features stay (N, F)."""
+        return x if self.form is None else self.form.activation(ops, x)
+
+    def relevance(self, ops: Any, r: Any) -> Any:
+        """Relevance (T, *shape) as (T, N, C, *spatial)."""
+        return r if self.form is None else self.form.relevance(ops, r)
+
+    def to_json(self) -> dict[str, Any]:
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "form"}
+        return known | {"map": list(self.spatial), "form": "" if self.form is None else self.form.describe()}
 
 
 def activation_output(graph: Graph, tensor: str, gates: Mapping[str, set[str]] | None = None) -> str:
@@ -77,7 +108,9 @@ def activation_output(graph: Graph, tensor: str, gates: Mapping[str, set[str]] |
     normalised = activated = False
     while tensor not in graph.outputs:
         readers = graph.consumers(tensor)
-        if len(readers) == 1 and readers[0].op_type == "BatchNormalization" and not (normalised or activated):
+        if (rounded := rounded_output(graph, tensor)) != tensor:
+            tensor = rounded
+        elif len(readers) == 1 and readers[0].op_type == "BatchNormalization" and not (normalised or activated):
             normalised, tensor = True, readers[0].outputs[0]
         elif len(readers) == 1 and readers[0].op_type in ACTIVATIONS and not activated:
             activated, tensor = True, readers[0].outputs[0]
@@ -86,6 +119,17 @@ def activation_output(graph: Graph, tensor: str, gates: Mapping[str, set[str]] |
         else:
             break
     return tensor
+
+
+def rounded_output(graph: Graph, tensor: str) -> str:
+    """What `tensor` is after the rounding of a quantised network, where nothing reads it before; else itself."""
+    end = tensor
+    for op in ("QuantizeLinear", "DequantizeLinear"):
+        readers = graph.consumers(end)
+        if end in graph.outputs or len(readers) != 1 or readers[0].op_type != op or readers[0].inputs[0] != end:
+            return tensor
+        end = readers[0].outputs[0]
+    return end
 
 
 def _self_gated(readers: Sequence[Node], gates: Mapping[str, set[str]]) -> str | None:
@@ -102,16 +146,21 @@ def list_layers(
     logits: str,
     paths: Mapping[str, str] | None = None,
     inputs: Mapping[str, Axes] | None = None,
+    maps: Maps | None = None,
 ) -> list[Layer]:
-    """The layers between the graph's inputs and `logits` whose tensor has a map, in topological order.
+    """The layers between the graph's inputs and `logits` whose tensor is a map, in topological order.
+
+    Of tensors (N, C, *spatial) all are listed. Of tokens and the like those are that a block hands on: sums, what is
+    normalised, what everything passes through; not what lies inside an attention.
 
     Args:
         graph: a canonised graph.
         logits: the tensor that explanations start at.
         paths: node name to module path, where the file records them.
-        inputs: the spatial axes of the inputs, where they are not axis 2 and up.
+        inputs: the spatial axes of the inputs, where they are known.
+        maps: `Maps(graph, inputs)`, where it is at hand.
     """
-    spatial = spatial_axes(graph, inputs)
+    maps = maps or Maps(graph, inputs)
     self_gated = self_gates(graph)
     inside_gates, masks = _gates(graph, self_gated)
     on_path = _seen(graph, logits, inside_gates | masks)
@@ -119,23 +168,51 @@ def list_layers(
     nonnegative = nonnegative_tensors(graph)
     mostly = mostly_positive_tensors(graph, nonnegative)
     bottlenecks = _bottlenecks(graph, on_path)
+    dead = maps.dead(logits)
     rows: list[Layer] = []
-    seen: set[str] = set()
+    seen = inside_normalisations(graph)
+    learned: set[str] = set()  # what lies behind a linear operator, and not in the preparation of the input
     for node in on_path:
         tensor = node.outputs[0]
-        if node.op_type in _NO_LAYER or tensor in seen or tensor not in below:
+        if node.op_type in LINEAR or any(name in learned for name in node.inputs):
+            learned.update(node.outputs)
+        if node.op_type in _NO_LAYER or tensor in seen or tensor not in below or tensor not in learned:
             continue
         last = activation_output(graph, tensor, self_gated)
         if last in seen or last not in below:
             continue
         seen.update(_chain(graph, tensor, last))
+        form = maps.form(last)
         shape = graph.shape(last)
-        if shape is None or not _has_map(graph, last, shape, spatial.get(last, ())):
+        if form is None or shape is None or not _is_float(graph, last):
+            continue
+        if not (form.plain or _is_handed_on(node, last, form, maps, bottlenecks, nonnegative)):
             continue
         sign = "nonnegative" if last in nonnegative else "mostly positive" if last in mostly else "signed"
         path = (paths or {}).get(node.name, "")
-        rows.append(Layer(len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path))
+        rows.append(
+            Layer(
+                len(rows), node.name, node.op_type, last, shape, 0, sign, False, last in bottlenecks, path, form,
+                last not in dead,
+            )
+        )  # fmt: skip
     return _suggest(_stages(rows))
+
+
+def _is_float(graph: Graph, tensor: str) -> bool:
+    dtype = graph.dtype(tensor)
+    return dtype is None or dtype.kind == "f"
+
+
+def _is_handed_on(
+    node: Node, tensor: str, form: Form, maps: Maps, bottlenecks: Collection[str], nonnegative: Collection[str]
+) -> bool:
+    """True for tokens, windows and channels last that are worth listing."""
+    if form.heads:
+        return False
+    if tensor in bottlenecks or node.op_type in NORMS:
+        return True
+    return (node.op_type in _SUMS and maps.seen(node.inputs) > 1) or (form.channels_last and tensor in nonnegative)
 
 
 def _seen(graph: Graph, logits: str, weights: Collection[str]) -> list[Node]:
@@ -152,15 +229,7 @@ def _seen(graph: Graph, logits: str, weights: Collection[str]) -> list[Node]:
 def _holds_data(graph: Graph, node: Node) -> bool:
     """False for nodes that compute shapes, indices or conditions."""
     dtype = graph.dtype(node.outputs[0])
-    return dtype is None or dtype.kind == "f"
-
-
-def _has_map(graph: Graph, tensor: str, shape: Shape, spatial: Axes) -> bool:
-    dtype = graph.dtype(tensor)
-    if not spatial or spatial != tuple(range(2, len(shape))) or (dtype is not None and dtype.kind != "f"):
-        return False
-    sizes = [n for n in shape[2:] if isinstance(n, int)]
-    return len(sizes) == len(spatial) and prod(sizes) > 1
+    return dtype is None or dtype.kind == "f" or node.outputs[0] in graph.data
 
 
 def _gates(graph: Graph, self_gated: Mapping[str, set[str]]) -> tuple[set[str], set[str]]:
@@ -173,9 +242,12 @@ def _gates(graph: Graph, self_gated: Mapping[str, set[str]]) -> tuple[set[str], 
     }
     masks = set()
     for node in graph.nodes:
-        readers = graph.consumers(node.outputs[0])
-        if node.op_type in _SQUASHERS and readers and all(_scales(reader) for reader in readers):
-            masks.add(node.outputs[0])
+        if node.op_type not in _SQUASHERS:
+            continue
+        last = rounded_output(graph, node.outputs[0])
+        readers = graph.consumers(last)
+        if readers and all(_scales(reader) for reader in readers):
+            masks.update(_chain(graph, node.outputs[0], last))
     return inner, masks - inner
 
 
@@ -219,19 +291,26 @@ def _stages(rows: Sequence[Layer]) -> list[Layer]:
 
 
 def _suggest(rows: list[Layer]) -> list[Layer]:
-    """Mark, per resolution, the last layer that cannot be negative; through which all evidence passes, if there is one.
+    """Mark, per resolution, the last layer through which all evidence passes, or the last where there is none of these.
 
-    Where every layer of a resolution can be negative, the last one behind an activation is next best, then the last.
+    In the latter half of a resolution's layers, one that cannot be negative is preferred, then one behind an
+    activation. Where only a class token is read in the end, it is the last layer from which the other tokens still
+    reach the logits.
     """
     by_stage: dict[int, list[Layer]] = defaultdict(list)
     for row in rows:
         by_stage[row.stage].append(row)
-    chosen = set()
-    for members in by_stage.values():
-        order = ("nonnegative", "mostly positive", "signed")
-        best = max(members, key=lambda r: (-order.index(r.sign), r.bottleneck, r.index))
-        chosen.add(best.index)
+    chosen = {best.index for members in by_stage.values() if (best := _best(members)) is not None}
     return [replace(r, suggested=r.index in chosen) for r in rows]
+
+
+def _best(members: list[Layer]) -> Layer | None:
+    live = [r for r in members if r.reaches]
+    if len(live) < len(members):
+        live = ([r for r in live if r.op in NORMS | _SUMS] or live)[-1:]
+    pool = [r for r in live if r.bottleneck] or live
+    late = [r for r in pool if r in members[len(members) // 2 :]] or pool[-1:]
+    return max(late, key=lambda r: (-SIGNS.index(r.sign), r.index or 0), default=None)
 
 
 def better_neighbour(layer: Layer, rows: Sequence[Layer]) -> Layer | None:
@@ -287,14 +366,22 @@ class Names:
         return None
 
     def last_in_module(self, text: str) -> Node | None:
-        """The last node inside the module of that path."""
+        """The last node inside the module of that path whose output goes to others."""
         wanted = text.strip("/").replace("/", ".")
         inside = [
             node
             for node in self.raw.nodes
             if (path := self.paths.get(node.name)) and (path == wanted or path.startswith(wanted + "."))
         ]
-        return inside[-1] if inside else None
+        names = {node.name for node in inside}
+        leaving = [
+            node
+            for node in inside
+            if node.op_type not in ("Shape", "Constant", "ConstantOfShape")
+            and any(reader.name not in names for reader in self.raw.consumers(node.outputs[0]))
+        ]
+        found = leaving or inside
+        return found[-1] if found else None
 
     def nearest(self, text: str, n: int = 3) -> list[str]:
         """The names most like `text`, case ignored."""
@@ -327,11 +414,14 @@ def module_paths(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, st
 
 
 def _joined(parts: Sequence[str]) -> str:
-    """`layer4`, `layer4.1`, `conv2` as `layer4.1.conv2`: a part that repeats its parent's name replaces it."""
-    path = ""
+    """`layer4`, `layer4.1`, `conv2` as `layer4.1.conv2`: a part that repeats the one before replaces it."""
+    path: list[str] = []
     for part in parts:
-        path = part if path and part.startswith(path + ".") else f"{path}.{part}" if path else part
-    return path
+        if path and part.startswith(path[-1] + "."):
+            path[-1] = part
+        else:
+            path.append(part)
+    return ".".join(path)
 
 
 def resolve(text: str | int, names: Names, rows: Sequence[Layer]) -> list[str] | list[Layer]:
@@ -357,6 +447,8 @@ def resolve(text: str | int, names: Names, rows: Sequence[Layer]) -> list[str] |
     by_node = {r.node: r for r in rows}
     if (node := names.node(text)) is not None:
         return [by_node[node.name]] if node.name in by_node else [activation_output(names.raw, node.outputs[0])]
+    if text in by_node:  # a node that canonising made
+        return [by_node[text]]
     if text in names.tensors:
         return [text]
     if re.fullmatch(r"\d+", text):

@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from onnxcam.dequantised import integer_range
 from onnxcam.graph import Graph, Node
 
 # Never negative, whatever comes in.
@@ -31,7 +32,10 @@ _FIRST_ONLY = set(
 )
 # Large where the input is, close to zero or small where it is negative.
 _MOSTLY = set("LeakyRelu PRelu Elu Selu Celu Swish HardSwish Gelu Mish".split())
-_POINTWISE = set("Sigmoid HardSigmoid Tanh Erf Softplus Exp Log Clip Relu Add Sub Mul Div Pow".split())
+_POINTWISE = set(
+    "Sigmoid HardSigmoid Tanh Erf Softplus Exp Log Clip Relu Add Sub Mul Div Pow "
+    "QuantizeLinear DequantizeLinear".split()
+)
 LONGEST_GATE = 10  # tensors; the approximation of GELU by tanh takes 8
 
 
@@ -51,7 +55,7 @@ def mostly_positive_tensors(graph: Graph, nonnegative: Collection[str]) -> set[s
     """
     known = set(nonnegative) | set(self_gates(graph))
     for node in graph.nodes:
-        if node.op_type in _MOSTLY or _carries_over(node, known):
+        if node.op_type in _MOSTLY or _carries_over(node, known) or _rounds(node, known):
             known.update(name for name in node.outputs if name)
     return known
 
@@ -62,12 +66,18 @@ def self_gates(graph: Graph) -> dict[str, set[str]]:
     """
     found = {}
     for node in graph.nodes:
-        if node.op_type == "Mul" and len(node.inputs) == 2:
-            for x, gate in (node.inputs, node.inputs[::-1]):
-                inner = _made_of(graph, gate, x) or _made_of(graph, gate, _unscaled(graph, x))
-                if inner:
-                    found[node.outputs[0]] = inner
+        for i in (0, 1):
+            if inner := own_gate(node, i):
+                found[node.outputs[0]] = inner
     return found
+
+
+def own_gate(node: Node, i: int) -> set[str]:
+    """The tensors of the gate that operand `i` of a product is multiplied with, where it is made of `i` alone."""
+    if node.op_type != "Mul" or len(node.inputs) != 2:
+        return set()
+    graph, (x, gate) = node.graph, (node.inputs[i], node.inputs[1 - i])
+    return _made_of(graph, gate, x) or _made_of(graph, gate, _unscaled(graph, x))
 
 
 def _unscaled(graph: Graph, tensor: str) -> str:
@@ -107,7 +117,30 @@ def _cannot_be_negative(node: Node, known: set[str]) -> bool:
         return bool(node.attr("alpha", 1.0) >= 0)
     if node.op_type == "Max":
         return any(name in known for name in node.inputs)
+    if node.op_type == "DequantizeLinear":
+        return _dequantises_nonnegative(node, known)
     return _carries_over(node, known)
+
+
+def _dequantises_nonnegative(node: Node, known: set[str]) -> bool:
+    """True where the zero point is the least integer, or what was rounded could not be negative either."""
+    rounding, zero = node.producer(0), node.constant(2)
+    dtype = zero.dtype if zero is not None else node.graph.dtype(node.inputs[0])
+    if dtype is not None and (zero is not None or not node.has(2)):
+        limits = integer_range(dtype)
+        if limits is not None and bool(np.all(np.asarray(0 if zero is None else zero, np.int64) == limits[0])):
+            return True
+    if rounding is None or rounding.inputs[0] not in known:
+        return False
+    if rounding.op_type == "DynamicQuantizeLinear":
+        return node.inputs[0] == rounding.outputs[0] and node.inputs[2:3] == rounding.outputs[2:3]
+    point = rounding.constant(2)
+    same = (zero is None and point is None) or (zero is not None and point is not None and np.array_equal(zero, point))
+    return rounding.op_type == "QuantizeLinear" and same
+
+
+def _rounds(node: Node, known: Collection[str]) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[0] in known
 
 
 def _carries_over(node: Node, known: Collection[str]) -> bool:

@@ -89,14 +89,18 @@ def test_an_attention_branch_is_no_layer_and_what_it_weighs_is():
     assert model.explain(X, "rk", composite="gradient").maps["rk"].any()
 
 
-def test_tensors_with_channels_last_are_no_maps_and_say_so():
-    """As inside ConvNeXt: axes 2 and 3 there are width and channels."""
+@pytest.mark.parametrize("engine", ["numpy", "onnx"])
+def test_tensors_with_channels_last_are_maps_by_their_right_axes(engine):
+    """As inside ConvNeXt. Oracle: ONNX Runtime's values of the file, transposed by hand."""
     body = """c = Conv(x, w8x3x3_0) t = Transpose<perm=[0,2,3,1]>(c) v = Mul(t, c_two=2) e = Exp(v)
               b = Transpose<perm=[0,3,1,2]>(e) d = Conv(b, w8x8x1_1) r = Relu(d)"""
-    model = load(classifier(body, "r#8"))
-    assert not {"t", "v", "e"} & {row.tensor for row in model.layers()}
-    with pytest.raises(UsageError, match="'e' of shape \\(N, 14, 14, 8\\) has its channels last"):
-        model.resolve(["e"])
+    proto = classifier(body, "r#8")
+    model = load(proto)
+    row = next(row for row in model.layers() if row.tensor == "e")
+    assert (row.shape[1:], row.spatial) == ((14, 14, 8), (14, 14))
+    ours = model.explain(X, ["e"], [0], method=VALUES, composite="gradient", engine=engine).maps["e"][:, 0]
+    (expected,) = in_the_file(proto, ["e"], X)
+    np.testing.assert_allclose(ours, expected.sum(-1), rtol=1e-5)
 
 
 def test_attention_matrices_are_no_maps():
@@ -107,7 +111,7 @@ def test_attention_matrices_are_no_maps():
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 2, 4, 16]), "c_shape"))
     model = load(proto)
     assert [row.tensor for row in model.layers()] == ["c"]
-    with pytest.raises(UsageError, match=r"'a' .* has lost its spatial axes"):
+    with pytest.raises(UsageError, match=r"'a' .* so there is no map of it"):
         model.resolve(["a"])
 
 
@@ -249,6 +253,8 @@ def test_module_paths_are_read_from_names_and_from_metadata():
         [("/layer4/layer4.1/conv2/Conv", {}), ("node_conv2d_3", scopes), ("Conv_3", {}), ("/Flatten", {})]
     )
     assert paths == {"/layer4/layer4.1/conv2/Conv": "layer4.1.conv2", "node_conv2d_3": "layer4.1.conv2"}
+    nested = "/layers/layers.0/blocks/blocks.1/attn/Add"
+    assert module_paths([(nested, {})]) == {nested: "layers.0.blocks.1.attn"}
 
 
 def test_layers_of_a_torch_export_can_be_named_by_module_path():
