@@ -2,7 +2,7 @@
 
 A start maps the logits of a batch, (N, K), and the classes asked for, (N, T), to relevance of shape (T, N, K). The
 formulas are written in the primitives of an engine, so that they can be computed, in float64 on the host since logits
-are few, or recorded. `locate_logits` finds the tensor that logits belong to, which lies before any softmax.
+are few, or recorded. Where the logits are, `heads` says.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from onnxcam.engines.array import ArrayOps
-from onnxcam.errors import ModelError
-from onnxcam.graph import Graph
 from onnxcam.named import named
 from onnxcam.operators.kinds import Array
 
+SIGMOIDS = ("Sigmoid", "HardSigmoid")  # behind these each class has a probability of its own
 Formula = Callable[[Any, Array, Array], Array]  # (ops, logits (N, K), one-hot (T, N, K)) -> (T, N, K)
 
 
@@ -26,7 +25,8 @@ Formula = Callable[[Any, Array, Array], Array]  # (ops, logits (N, K), one-hot (
 class Start:
     """A named start.
 
-    `formula` is for two classes or more; `single(ops, logits (N, 1))` gives the size of relevance where one logit
+    `formula` is for two classes or more, `apart` for classes that do not exclude each other, where that is another:
+    behind a Sigmoid; `single(ops, logits (N, 1))` gives the size of relevance where one logit
     speaks for two classes: class 1 starts with plus that, class 0 with minus that.
     """
 
@@ -34,27 +34,33 @@ class Start:
     formula: Formula
     about: str
     single: Callable[[Any, Array], Array] = lambda ops, z: ops.ones_like(z)
+    apart: Formula | None = None
 
-    def at(self, ops: Any, logits: Array, onehot: Array) -> Array:
-        """Relevance (T, N, K) from logits (N, K) and the classes as one-hot rows (T, N, max(K, 2))."""
+    def at(self, ops: Any, logits: Array, onehot: Array, squash: str | None = None) -> Array:
+        """Relevance (T, N, K) from logits (N, K) and the classes as one-hot rows (T, N, max(K, 2)).
+
+        `squash` is the op that makes probabilities of the logits in the file.
+        """
         if logits.shape[-1] == 1:
             sign = ops.slice(onehot, -1, 1, 2) - ops.slice(onehot, -1, 0, 1)
             return sign * self.single(ops, logits)
-        return self.formula(ops, logits, onehot)
+        formula = self.apart if self.apart is not None and squash in SIGMOIDS else self.formula
+        return formula(ops, logits, onehot)
 
-    def __call__(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def __call__(self, logits: np.ndarray, targets: np.ndarray, squash: str | None = None) -> np.ndarray:
         """Relevance at the logits.
 
         Args:
             logits: (N, K).
             targets: class indices, (N, T).
+            squash: the op that makes probabilities of them.
 
         Returns:
             (T, N, K), float64.
         """
         classes = max(logits.shape[1], 2)
         onehot = (np.arange(classes) == np.asarray(targets).T[..., None]).astype(np.float64)
-        return self.at(ArrayOps(np, "float64"), np.asarray(logits, np.float64), onehot)
+        return self.at(ArrayOps(np, "float64"), np.asarray(logits, np.float64), onehot, squash)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -94,6 +100,10 @@ def _sigmoid_gradient(ops: Any, z: Array) -> Array:
     return p * (1 - p)
 
 
+def _sigmoid_gradients(ops: Any, z: Array, c: Array) -> Array:
+    return c * _sigmoid_gradient(ops, z)
+
+
 STARTS: dict[str, Start] = {
     s.name: s
     for s in (
@@ -104,8 +114,9 @@ STARTS: dict[str, Start] = {
         Start(
             "softmax-gradient",
             _softmax_gradient,
-            "gradient of the class probability (SGLRP: p(1-p), -p p')",
+            "gradient of the class probability (SGLRP: p(1-p), -p p'; p(1-p) alone behind a Sigmoid)",
             _sigmoid_gradient,
+            _sigmoid_gradients,
         ),
     )
 }
@@ -118,33 +129,3 @@ def start(name: str | Start) -> Start:
         UsageError: there is none.
     """
     return name if isinstance(name, Start) else named("start", name, STARTS)
-
-
-# Ops between the logits and a graph output that turn them into probabilities or change their layout only.
-_AFTER_LOGITS = {
-    "Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"
-}  # fmt: skip
-_SQUASHES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
-
-
-def locate_logits(graph: Graph, output: str) -> tuple[str, str | None]:
-    """The tensor of logits behind a graph output, and the op that squashes it (None where the output is the logits).
-
-    Relevance must not start at probabilities: rules of the epsilon kind would flip signs for negative logits.
-
-    Raises:
-        ModelError: nothing computes the output.
-    """
-    tensor, logits, squash = output, output, None
-    while True:
-        node = graph.producer(tensor)
-        if node is None:
-            if tensor == output:
-                raise ModelError(f"no node computes the output {output!r}: there is nothing to explain")
-            break
-        if node.op_type not in _AFTER_LOGITS:
-            break
-        tensor = node.inputs[0]
-        if node.op_type in _SQUASHES:
-            squash, logits = squash or node.op_type, tensor
-    return logits, squash

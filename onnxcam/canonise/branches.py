@@ -1,6 +1,12 @@
-"""Take the branch of an If whose condition is a constant: its nodes join the graph in the If's place."""
+"""Take the branch of an If whose condition is known: its nodes join the graph in the If's place.
+
+A condition is known where it is a constant, or where the caller has evaluated it for the input at hand: the graph is
+then one for inputs that take the same branches.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import onnx_graphsurgeon as gs
 
@@ -15,13 +21,22 @@ def take_branches(graph: gs.Graph, protected: frozenset[str]) -> bool:
     """
     chosen = [node for node in graph.nodes if node.op == "If" and constant(node, 0) is not None]
     for node in chosen:
-        _inline(graph, node)
+        condition = constant(node, 0)
+        assert condition is not None
+        _inline(graph, node, bool(condition.item()))
     return bool(chosen)
 
 
-def _inline(graph: gs.Graph, node: gs.Node) -> None:
-    condition = constant(node, 0)
-    branch: gs.Graph = node.attrs["then_branch" if condition is not None and condition.item() else "else_branch"]
+def take_known(graph: gs.Graph, protected: frozenset[str], conditions: Mapping[str, bool]) -> bool:
+    """The same for every If whose condition, by the name of its tensor, stands in `conditions`."""
+    chosen = [node for node in graph.nodes if node.op == "If" and node.inputs[0].name in conditions]
+    for node in chosen:
+        _inline(graph, node, conditions[node.inputs[0].name])
+    return bool(chosen)
+
+
+def _inline(graph: gs.Graph, node: gs.Node, condition: bool) -> None:
+    branch: gs.Graph = node.attrs["then_branch" if condition else "else_branch"]
     place = next(i for i, other in enumerate(graph.nodes) if other is node)
     outputs = list(node.outputs)
     detach(node)

@@ -1,0 +1,121 @@
+"""Heads: what a file puts behind its logits, and the way back to them (spec 5).
+
+Relevance must not start at probabilities, let alone at the number of a class: rules of the epsilon kind would flip
+signs for negative logits, and a choice has no gradient. `locate_logits` walks back from an output through what squashes
+logits (Softmax, Sigmoid, ...), chooses among them (ArgMax, TopK, a threshold, ...) or only writes them otherwise
+(Cast, Reshape, QuantizeLinear, the ZipMap of scikit-learn's converters, ...).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxcam.errors import ModelError
+from onnxcam.graph import Graph, Node, Shape
+
+# Ops that write numbers otherwise.
+_REWRITES = {
+    "Cast", "CastLike", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear",
+    "ZipMap", "LabelEncoder", "Normalizer", "OneHot",
+}  # fmt: skip
+_SQUASHES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
+_CHOICES = {"ArgMax", "TopK", "Hardmax", "ReduceMax"}  # along the axis of classes
+_DECISIONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}  # by a threshold
+_SCALES = {"Log", "Exp", "Clip", "Mul", "Div"}  # of probabilities
+
+
+def locate_logits(graph: Graph, output: str) -> tuple[str, str | None]:
+    """The tensor of logits behind `output`, and the op that squashes it (None where nothing does).
+
+    What only changes the layout of logits is not skipped, unless it takes away the axis of classes.
+
+    Raises:
+        ModelError: nothing computes the output.
+    """
+    if graph.producer(output) is None:
+        raise ModelError(f"no node computes the output {output!r}: there is nothing to explain")
+    way, logits, squash = [output], 0, None
+    while (node := graph.producer(way[-1])) is not None and (before := _before(graph, node)) is not None:
+        way.append(before)
+        if node.op_type in _SQUASHES:
+            logits, squash = len(way) - 1, squash or node.op_type
+        elif node.op_type in _CHOICES | _DECISIONS | {"Clip"} or _is_one_of_two(graph, node):
+            logits = len(way) - 1
+    while logits + 1 < len(way) and not _could_be_logits(graph, way[logits]):
+        logits += 1
+    return way[logits], squash
+
+
+def _before(graph: Graph, node: Node) -> str | None:
+    """What the numbers that `node` puts out were before it; None where it is no part of a head."""
+    op = node.op_type
+    if op in _REWRITES or op in _SQUASHES:
+        return node.inputs[0]
+    if op in _CHOICES:
+        return node.inputs[0] if _chooses_class(graph, node) else None
+    if op in _DECISIONS:
+        return node.inputs[0] if node.is_constant(1) else None
+    if op in _SCALES:
+        rest = [i for i in range(len(node.inputs)) if node.has(i) and not node.is_constant(i)]
+        return node.inputs[0] if rest == [0] and (op == "Clip" or _squashed(graph, node.inputs[0])) else None
+    if op in ("Gather", "ArrayFeatureExtractor") and node.is_constant(0):  # names of classes by their numbers
+        return node.inputs[1]
+    return _is_one_of_two(graph, node)
+
+
+def _squashed(graph: Graph, tensor: str) -> bool:
+    """True where `tensor` is what a squash puts out, rewritten at most."""
+    node = graph.producer(tensor)
+    while node is not None and (node.op_type in _REWRITES or node.op_type in _SCALES):
+        node = graph.producer(node.inputs[0])
+    return node is not None and node.op_type in _SQUASHES
+
+
+def _chooses_class(graph: Graph, node: Node) -> bool:
+    """True where a choice or a maximum runs over classes: the operand has no other axis than them and the batch."""
+    shape = graph.shape(node.inputs[0])
+    if shape is None:
+        return node.op_type != "ReduceMax"
+    return one_row_each(shape) and (len(shape) == 1 or _axes(node, len(shape)) != [0])
+
+
+def _axes(node: Node, rank: int) -> list[int]:
+    if node.op_type == "ReduceMax":
+        axes = node.attr("axes") or (node.constant(1) if node.has(1) else None)
+        return list(range(rank)) if axes is None else [int(a) % rank for a in np.ravel(axes)]
+    return [int(node.attr("axis", 0 if node.op_type == "ArgMax" else -1)) % rank]
+
+
+def _is_one_of_two(graph: Graph, node: Node) -> str | None:
+    """p where the node writes a single probability as two, Concat(1 - p, p); else None."""
+    if node.op_type != "Concat" or len(node.inputs) != 2:
+        return None
+    rest, p = node.inputs
+    other = graph.producer(rest)
+    if other is None or other.op_type != "Sub" or other.inputs[1] != p:
+        return None
+    one = other.constant(0)
+    return p if one is not None and one.size == 1 and float(one.ravel()[0]) == 1 else None
+
+
+def _could_be_logits(graph: Graph, tensor: str) -> bool:
+    shape, dtype = graph.shape(tensor), graph.dtype(tensor)
+    return (dtype is None or dtype.kind == "f") and (shape is None or len(shape) > 1)
+
+
+def one_row_each(shape: Shape) -> bool:
+    """True for the shape of logits: one axis of classes beside the batch at most, all others of length 1."""
+    return sum(n != 1 for n in shape[1:]) <= 1
+
+
+def count_classes(shape: Shape, batch: int | None) -> int:
+    """How many classes logits of this shape are of, as far as it tells.
+
+    A single axis holds one logit for each image where it is as long as the batch, else the classes of the one image.
+    """
+    if len(shape) == 1:
+        return shape[0] if isinstance(shape[0], int) and (batch == 1 or shape[0] != batch) else 1
+    count = 1
+    for n in shape[1:]:
+        count *= n if isinstance(n, int) else 1
+    return count
