@@ -14,9 +14,26 @@ from typing import Any
 import numpy as np
 
 from onnxcam import authors
+from onnxcam.errors import UsageError
+from onnxcam.graph import Graph
 from onnxcam.named import named
 from onnxcam.operators.kinds import At, Operator, Relevances, Share
-from onnxcam.rules import AlphaBeta, Epsilon, Gamma, Pass, Proportional, SignalTakesAll, Vjp, ZBox, ZPlus
+from onnxcam.operators.roles import leaves_signed
+from onnxcam.rules import (
+    AlphaBeta,
+    Epsilon,
+    EqualShares,
+    Gamma,
+    LinearRule,
+    Pass,
+    Proportional,
+    SameSign,
+    SignalTakesAll,
+    Taylor,
+    Vjp,
+    ZBox,
+    ZPlus,
+)
 
 Rule = Callable[[At, Operator, Relevances], list[Share]]
 
@@ -33,6 +50,8 @@ class Composite:
         first: a rule for the linear operators nearest to the input, before all others.
         fold_batchnorm: False where the rules expect BatchNormalization nodes as the file has them.
         conserves: False where relevance is not meant to be conserved, so that no residual is reported.
+        attention: how relevance passes attention: "cp" to the values alone, "attnlrp" to queries and keys as well; None
+            where no rule of its own applies there.
         about: one line for listings.
     """
 
@@ -42,6 +61,7 @@ class Composite:
     first: Rule | None = None
     fold_batchnorm: bool = True
     conserves: bool = True
+    attention: str | None = "cp"
     about: str = ""
 
     def rule_for(self, operator: Operator, op_type: str, first: bool = False) -> Rule:
@@ -53,13 +73,35 @@ class Composite:
 
     @property
     def needs_box(self) -> bool:
-        return isinstance(self.first, ZBox) and self.first.low is None
+        return isinstance(self.first, ZBox) and self.first.low is None and self.first.boxes is None
 
     def with_box(self, low: np.ndarray, high: np.ndarray) -> Composite:
         """The same composite with the range of the input filled in where it has a z-box rule without one."""
         if not isinstance(self.first, ZBox) or not self.needs_box:
             return self
         return replace(self, first=replace(self.first, low=low, high=high))
+
+    def with_boxes(self, boxes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Composite:
+        """The same with a range for each tensor that a first linear operator sees."""
+        return replace(self, first=replace(self.first, boxes=boxes)) if isinstance(self.first, ZBox) else self
+
+    def with_attention(self, how: str | None) -> Composite:
+        """The same composite with relevance passing attention by CP-LRP ("cp") or AttnLRP ("attnlrp"); None: as it is.
+
+        Raises:
+            UsageError: there is no such way, or none to choose as with the gradient.
+        """
+        if how is None or how == self.attention:
+            return self
+        if how not in ATTENTION:
+            raise UsageError(f"no way through attention is called {how!r}: there are {', '.join(ATTENTION)}")
+        if self.attention is None:
+            raise UsageError(f"composite {self.name} has one way through attention: leave attention {how!r} out")
+        ways: dict[str, dict[str, Rule]] = {
+            "cp": _cp(self.rules["averaging"]),
+            "attnlrp": {"product": EqualShares(), "softmax": Taylor()},
+        }
+        return replace(self, rules={**self.rules, **ways[how]}, attention=how)
 
     def __str__(self) -> str:
         rows = [*self.rules.items(), *self.by_op.items(), *([("first linear", self.first)] if self.first else [])]
@@ -69,20 +111,30 @@ class Composite:
         )
 
 
+ATTENTION = ("cp", "attnlrp")
+
+
+def _cp(averaging: Rule) -> dict[str, Rule]:
+    """Attention averages its values: they share as the inputs of an average do, but signed as they are, by `SameSign`
+    where that is z-plus."""
+    mixing = averaging if isinstance(averaging, LinearRule) and not isinstance(averaging, ZPlus) else SameSign()
+    return {"product": SignalTakesAll(mixing), "softmax": Pass()}
+
+
 def _lrp(linear: Rule, averaging: Rule, additive: Rule, **others: Rule) -> dict[str, Rule]:
     """The table of an LRP composite: what all of them agree on, and the three kinds they differ in."""
-    table: dict[str, Rule] = {
+    rules: dict[str, Rule] = {
         "linear": linear,
         "averaging": averaging,
         "additive": additive,
         "routing": Vjp(),
         "activation": Pass(),
-        "product": SignalTakesAll(),
         "normalisation": Pass(),
-        "softmax": Pass(),
         "statistic": Vjp(),
+        **_cp(averaging),
+        **others,
     }
-    return table | others
+    return {kind: rules[kind] for kind in KINDS}
 
 
 ZENNIT_EPS = 1e-6  # zennit's default stabiliser
@@ -94,7 +146,12 @@ COMPOSITES: dict[str, Composite] = {
         Composite(
             "relevance_cam",
             _lrp(ZPlus(), ZPlus(), Proportional(guard=1e-6)),
-            about="z-plus with the bias ignored everywhere; the default (Lee et al. 2021, spec 1.4)",
+            about="z-plus with the bias ignored everywhere; the default of convolutional networks (Lee et al. 2021)",
+        ),
+        Composite(
+            "relevance_cam_signed",
+            _lrp(ZPlus(), SameSign(), SameSign()),
+            about="relevance_cam with sums and averages shared by their own sign; the default of transformers",
         ),
         Composite(
             "relevance_cam_authors",
@@ -126,10 +183,23 @@ COMPOSITES: dict[str, Composite] = {
             "gradient",
             {kind: Vjp() for kind in KINDS},
             conserves=False,
+            attention=None,
             about="no relevance but the exact gradient: every kind by its vector-Jacobian product",
         ),
     )
 }
+
+
+SIGNED = {"relevance_cam": "relevance_cam_signed"}  # what suits networks whose features have both signs
+
+
+def suited(name: str, graph: Graph) -> Composite:
+    """The composite a method is meant for, in the form that suits the network.
+
+    Where normalisation and attention leave features of both signs, summands cancel: what shares a sum in proportion to
+    signed summands is then mostly rounding (see docs/transformers.md).
+    """
+    return composite(SIGNED.get(name, name) if leaves_signed(graph) else name)
 
 
 def composite(name: str | Composite) -> Composite:

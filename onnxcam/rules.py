@@ -14,13 +14,25 @@ denominator drops, is lost on purpose and shows in the conservation check.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from onnxcam.operators.kinds import Additive, Array, At, Averaging, Linear, LinearMap, Operator, Relevances, Share
+from onnxcam.operators.kinds import (
+    Additive,
+    Array,
+    At,
+    Averaging,
+    Coupled,
+    Linear,
+    LinearMap,
+    Operator,
+    Product,
+    Relevances,
+    Share,
+)
 
 Bias = Literal["ignore", "absorb", "full"]
 Term = tuple[Array, Array | None]
@@ -130,6 +142,38 @@ class ZPlus(LinearRule):
 
 
 @dataclass(frozen=True)
+class SameSign(LinearRule):
+    """Only contributions of the sign of the output share: z-plus where it is positive, its mirror image elsewhere.
+
+    For signed values. Where a sum is close to zero because its summands cancel, shares in proportion to them explode;
+    and where an average is negative because all its values are, z-plus drops all that it received. Of these, none is
+    negative or larger than the whole, and nothing is lost.
+    """
+
+    eps: float = 0.0
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        if not isinstance(operator, Additive):
+            return super().__call__(at, operator, rs)
+        ops, terms, r = at.ops, operator.terms(at), rs[0]
+        if len(terms) == 1:
+            return [(terms[0][0], ops.unbroadcast(r, at.shape(terms[0][0])))]
+        positive = sum((a for _, a in terms[1:]), terms[0][1]) > 0
+        parts = [ops.where(positive, ops.positive(a), ops.positive(-a)) for _, a in terms]
+        s = quotient(ops, r, sum(parts[1:], parts[0]), self.eps, 1)
+        return [(i, ops.unbroadcast(part * s, at.shape(i))) for (i, _), part in zip(terms, parts, strict=True)]
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        ops, negative = f.ops, opposite_sign(f)
+        if not negative:
+            return share(f, r, same_sign(f), None, self.eps, 1)
+        positive = outcome(f, "ignore") > 0
+        return share(f, ops.where(positive, r, 0.0), same_sign(f), None, self.eps, 1) + share(
+            f, ops.where(positive, 0.0, r), negative, None, self.eps, -1
+        )
+
+
+@dataclass(frozen=True)
 class AlphaBeta(LinearRule):
     """alpha times the shares of the positive contributions minus beta times those of the negative ones (Bach 2015).
 
@@ -213,12 +257,22 @@ class Flat(LinearRule):
 class ZBox(LinearRule):
     """For inputs known to lie between `low` and `high`: contributions x W - low W+ - high W- (Montavon et al. 2017).
 
-    `low` and `high` broadcast against the input, in the units of the input (normalised pixels). The bias cancels.
+    `low` and `high` broadcast against the input, in the units of the input (normalised pixels); `boxes` has such pairs
+    by the name of the tensor, where operators see different ones. The bias cancels.
     """
 
     low: Any = None
     high: Any = None
     eps: float = 1e-6
+    boxes: Mapping[str, tuple[Any, Any]] | None = field(default=None, repr=False)
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        assert isinstance(operator, Linear | Averaging)
+        seen = at.node.inputs[operator.operand if isinstance(operator, Linear) else 0]
+        if self.boxes is None or seen not in self.boxes:
+            return super().__call__(at, operator, rs)
+        low, high = self.boxes[seen]
+        return replace(self, low=low, high=high, boxes=None)(at, operator, rs)
 
     def share(self, f: LinearMap, r: Array) -> Array:
         ops = f.ops
@@ -278,8 +332,8 @@ class Proportional:
     def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
         assert isinstance(operator, Additive)
         ops, terms, r = at.ops, operator.terms(at), rs[0]
-        if len(terms) == 1:
-            return [(terms[0][0], ops.unbroadcast(r, at.shape(terms[0][0])))]
+        if len(terms) < 2:
+            return [(i, ops.unbroadcast(r, at.shape(i))) for i, _ in terms]
         whole = len(terms) == len(operator.coefficients) and at.values.precise(at.node.outputs[0])
         total = at.output() if whole else sum((a for _, a in terms[1:]), terms[0][1])
         if not self.guard:
@@ -296,15 +350,70 @@ class Proportional:
 
 @dataclass(frozen=True)
 class SignalTakesAll:
-    """The signal of a product gets all the relevance, its gate none; two signals get half each (spec 4.4)."""
+    """The signal of a product gets all the relevance, its gate none; two signals get half each (spec 4.4).
 
-    def __call__(self, at: At, operator: Any, rs: Relevances) -> list[Share]:
-        if operator.signal is not None:
-            i = operator.signal
-            return [(i, at.ops.unbroadcast(rs[0], at.shape(i)))]
-        if at.node.op_type != "Mul":
-            # A bilinear map: each operand gets half of what the epsilon rule with the other one fixed gives (AttnLRP).
-            y = at.output(0)
-            half = operator.partials(at, quotient(at.ops, 0.5 * rs[0], y, 1e-9))
-            return [(i, at.input(i) * share) for i, share in half]
-        return [(i, at.ops.unbroadcast(0.5 * rs[0], at.shape(i))) for i in (0, 1) if at.carries(i)]
+    Attention counts as a linear map of its value with fixed weights (CP-LRP, Ali et al. 2022): the value takes all, by
+    the rule `mixing`, and nothing goes to queries and keys. Where weights and value cannot be told apart, each operand
+    gets half of what the epsilon rule with the other one fixed gives.
+    """
+
+    mixing: LinearRule = Epsilon()
+
+    def takers(self, operator: Product) -> tuple[int, ...]:
+        """The operands that may get relevance."""
+        return (0, 1) if operator.signal is None else (operator.signal,)
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        assert isinstance(operator, Product)
+        i = operator.signal
+        if i is None:
+            return _halves(at, operator, rs[0])
+        if operator.given is not None:
+            return [(i, self.mixing.share(operator.bind(at, i), rs[0]))]
+        return [(i, at.ops.unbroadcast(rs[0], at.shape(i)))]
+
+
+@dataclass(frozen=True)
+class EqualShares:
+    """Both operands of a product get half, even where one gates or weighs the other (AttnLRP, Achtibat et al. 2024).
+
+    A quotient belongs to its numerator, and what is scaled by a gate or a statistic of its own to itself: these are one
+    function of one tensor.
+    """
+
+    eps: float = 1e-9
+
+    def takers(self, operator: Product) -> tuple[int, ...]:
+        """The operands that may get relevance."""
+        equals = operator.signal is None or operator.gated or operator.given is not None
+        return (0, 1) if equals else (operator.signal or 0,)
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        assert isinstance(operator, Product)
+        if len(takers := self.takers(operator)) == 2:
+            return _halves(at, operator, rs[0], self.eps)
+        return [(i, at.ops.unbroadcast(rs[0], at.shape(i))) for i in takers]
+
+
+def _halves(at: At, operator: Product, r: Array, eps: float = 1e-9) -> list[Share]:
+    """Half to each operand; in a bilinear map, half of the share by the epsilon rule with the other operand fixed."""
+    carriers = [i for i in (0, 1) if at.carries(i)]
+    if operator.given is None:
+        return [(i, at.ops.unbroadcast(0.5 * r, at.shape(i))) for i in carriers]
+    return [(i, Epsilon(eps, "ignore").share(operator.bind(at, i), 0.5 * r)) for i in carriers]
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """A softmax shares by its Taylor expansion, R_i = x_i (R_i - y_i sum R) (AttnLRP, Achtibat et al. 2024).
+
+    The expansion has a constant term that takes its part, so relevance is not conserved here.
+    """
+
+    eps: float = 1e-9
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        assert isinstance(operator, Coupled)
+        if operator.taylor is not None:
+            return [(0, operator.taylor(at, rs[0]))]
+        return [(0, at.input(0) * operator.product(at, quotient(at.ops, rs[0], at.output(0), self.eps)))]
