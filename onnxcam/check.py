@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from onnxcam.composites import composite as find_composite, describe
+from onnxcam.composites import Composite, composite as find_composite, describe, suited
 from onnxcam.errors import ModelError
 from onnxcam.graph import Graph, Node, Shape
+from onnxcam.heads import one_row_each
 from onnxcam.operators import lookup
-from onnxcam.operators.kinds import Operator, Product
+from onnxcam.operators.kinds import Additive, Operator, Product
 from onnxcam.propagate import LINEAR_OPS, first_linear
 from onnxcam.rules import Vjp
 from onnxcam.signs import nonnegative_tensors
 
 if TYPE_CHECKING:
-    from onnxcam.model import Model
+    from onnxcam.model import Canonical, Model
 
 
 @dataclass(frozen=True)
@@ -59,32 +60,66 @@ class Check:
         return sum(row.walk_macs for row in self.rows)
 
 
+# What detectors end in.
+_DETECTS = {"NonMaxSuppression", "EfficientNMS_TRT", "BatchedNMS_TRT", "BatchedNMSDynamic_TRT", "TRTBatchedNMS"}
+
+
 def why_no_logits(graph: Graph, logits: str) -> str | None:
     """Why an explanation cannot begin at this tensor, as far as the graph tells; None where nothing speaks against."""
     shape, dtype = graph.shape(logits), graph.dtype(logits)
+    for node in graph.between(graph.inputs, logits):
+        if node.op_type in _DETECTS:
+            return (
+                f"node {node.name!r} ({node.op_type}): the model detects objects, and onnxcam explains classifiers; "
+                f"name the scores of one object with --output{_choices(graph, logits)}"
+            )
     if dtype is not None and dtype.kind != "f":
-        return f"the logits ({logits!r}) are {dtype.name}, not floats: onnxcam cannot start there"
-    if shape is not None and sum(n != 1 for n in shape[1:]) > 1:
-        return no_classifier(logits, shape)
+        maker = graph.producer(logits)
+        chosen = f" ({maker.op_type} of {_sizes(maker.shape(0))})" if maker and maker.op_type == "ArgMax" else ""
+        return (
+            f"the logits ({logits!r}) are {dtype.name}, not floats{chosen}: onnxcam cannot start there; name what "
+            f"they are chosen from with --output{_choices(graph, logits)}"
+        )
+    if shape is not None and not one_row_each(shape):
+        return no_classifier(logits, shape, _choices(graph, logits))
     return None
 
 
-def no_classifier(output: str, shape: Shape) -> str:
-    sizes = ", ".join(map(str, shape))
+def _choices(graph: Graph, logits: str) -> str:
+    others = [name for name in graph.outputs if name != logits]
+    return f" (there is {', '.join(others)})" if others else ""
+
+
+def _sizes(shape: Shape | None) -> str:
+    return f"({', '.join(map(str, shape or ('?',)))})"
+
+
+def no_classifier(output: str, shape: Shape, choices: str = "") -> str:
     return (
-        f"the output ({output!r}) has shape ({sizes}): onnxcam explains classifiers, whose output is (N, classes); "
-        "name another output with --output"
+        f"the output ({output!r}) has shape {_sizes(shape)}: onnxcam explains classifiers, whose output is (N, "
+        f"classes); name another output with --output{choices}"
     )
 
 
-def check(model: Model, composite: str = "relevance_cam") -> Check:
-    """Follow relevance from the logits to the input without computing any.
+def check(model: Model, composite: str | None = None, attention: str | None = None) -> Check:
+    """Follow relevance from the logits to the input without computing any; where the model takes a branch by what it
+    sees, along both.
 
     Raises:
-        UsageError: no such composite.
+        UsageError: no such composite, or no such way through attention.
     """
-    rules = find_composite(composite)
-    found = model.canonical(fold_batchnorm=rules.fold_batchnorm)
+    from onnxcam.conditions import either_way
+
+    plain = model.given()
+    rules = find_composite(composite) if composite else suited("relevance_cam", model.canonical(plain).graph)
+    rules = rules.with_attention(attention)
+    ways = {either_way(model, plain, value): None for value in (True, False)}
+    found = [_follow(model.canonical(given, fold_batchnorm=rules.fold_batchnorm), rules) for given in ways]
+    rows = found[0].rows + [row for row in found[-1].rows if row.node not in {r.node for r in found[0].rows}]
+    return Check(found[0].logits, rules.name, rows)
+
+
+def _follow(found: Canonical, rules: Composite) -> Check:
     graph = found.graph
     firsts = first_linear(graph)
     nonnegative = nonnegative_tensors(graph)
@@ -106,20 +141,24 @@ def check(model: Model, composite: str = "relevance_cam") -> Check:
         signs = 1 if node.inputs[0] in nonnegative or isinstance(rule, Vjp) else 2
         walk = macs * (signs if isinstance(rule, Vjp) else 2 * signs)
         rows.append(Row(node.name, node.op_type, operator.kind, describe(rule), None, macs, walk))
-        reached.update(_receivers(graph, node, operator, isinstance(rule, Vjp)))
+        reached.update(_receivers(graph, node, operator, rule))
     return Check(found.logits, rules.name, rows)
 
 
-def _receivers(graph: Graph, node: Node, operator: Operator, gradient: bool) -> Iterator[str]:
+def _receivers(graph: Graph, node: Node, operator: Operator, rule: Any) -> Iterator[str]:
     """The inputs of `node` that relevance goes on to."""
     if operator.kind == "statistic":
         return
     operand = getattr(operator, "operand", None)
-    if isinstance(operator, Product) and not gradient:
-        operand = operator.signal
+    takers: Sequence[int] = range(len(node.inputs)) if operand is None else (operand,)
+    if isinstance(operator, Product) and hasattr(rule, "takers"):
+        takers = rule.takers(operator)
+    elif isinstance(operator, Additive) and not isinstance(rule, Vjp):
+        takers = [i for i in takers if i not in operator.shifts]
     for i, name in enumerate(node.inputs):
         dtype = graph.dtype(name) if name else None
-        if name and not node.is_constant(i) and operand in (None, i) and (dtype is None or dtype.kind == "f"):
+        carries = dtype is None or dtype.kind == "f" or name in graph.data
+        if name and not node.is_constant(i) and i in takers and carries:
             yield name
 
 

@@ -17,18 +17,21 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxcam.box import blank, boxed
 from onnxcam.canonise.order import tidy
 from onnxcam.check import why_no_logits
-from onnxcam.composites import Composite, composite as find_composite
+from onnxcam.composites import Composite, composite as find_composite, suited
+from onnxcam.dequantised import along, parts
 from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.files import safe_name, write_atomically
 from onnxcam.graph import Graph
+from onnxcam.heads import count_classes
 from onnxcam.labels import labels_to_metadata
 from onnxcam.layers import Layer
 from onnxcam.methods import Method, method as find_method
 from onnxcam.operators.kinds import Array
-from onnxcam.propagate import walk
+from onnxcam.propagate import per_image, walk
 from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import Start, start as find_start
 from onnxcam.taps import detach
@@ -49,8 +52,8 @@ PREDICTED = -1  # as a target: the most likely class; -2 the second most likely,
 class _Recorded:
     """Values while recording: constants are known, everything else is a symbol of the graph."""
 
-    def __init__(self, graph: Graph, ops: RecorderOps):
-        self.graph, self.ops = graph, ops
+    def __init__(self, graph: Graph, ops: RecorderOps, batch: int | None = None):
+        self.graph, self.ops, self.batch = graph, ops, batch
         self._tensors: dict[str, gs.Tensor] = ops.graph.tensors()
         self._positive = nonnegative_tensors(graph)
         self._made: dict[tuple[str, str], Symbol] = {}
@@ -68,12 +71,21 @@ class _Recorded:
         node = self.graph.producer(tensor)
         return f"tensor {tensor!r}" + (f" of node {node.name!r} ({node.op_type})" if node else "")
 
+    def index(self, tensor: str) -> Any:
+        constant = self.graph.constants.get(tensor)
+        if constant is not None:
+            return constant.astype(np.int64)
+        symbol = Symbol(self.ops, self._tensors[tensor], self.shape(tensor))
+        if self.graph.dtype(tensor) == np.int64:
+            return symbol
+        return self.ops.record("Cast", [symbol], symbol.shape, dtype=np.int64, to=7)
+
     def shape(self, tensor: str) -> Any:
         constant = self.graph.constants.get(tensor)
         if constant is not None:
             return constant.shape
         shape = self.graph.shape(tensor)
-        if shape is None or any(not isinstance(n, int) for n in shape[1:]):
+        if shape is None or sum(not isinstance(n, int) for n in shape) > 1:
             raise ModelError(
                 f"the shape of {self._described(tensor)} is not known, so it cannot be compiled; explain with "
                 "--engine numpy"
@@ -93,8 +105,28 @@ class _Recorded:
             if what:
                 self._made[key] = make(self.array(tensor))
             else:
-                self._made[key] = self.ops.tap(self._tensors[tensor], self.shape(tensor), tensor in self._positive)
+                self._made[key] = self._dequantised(tensor) or self.ops.tap(
+                    self._tensors[tensor], self.shape(tensor), tensor in self._positive
+                )
         return self._made[key]
+
+    def _dequantised(self, tensor: str) -> Symbol | None:
+        """A weight that the graph keeps as integers, as a real number of its own; None for any other tensor.
+
+        Behind the DequantizeLinear of the forward pass it would be computed anew in each run, which ONNX Runtime does
+        not fold; what is recorded here it folds when the model is loaded.
+        """
+        found = parts(self._tensors[tensor].inputs[0]) if self._tensors[tensor].inputs else None
+        if found is None:
+            return None
+        q, scale, zero, axis = found
+        integers: Any = self._tensors[tensor].inputs[0].inputs[0]
+        real = self.ops.tap(integers, q.shape, False)
+        if zero is not None and np.any(zero):
+            real = real - along(zero.astype(np.float32), q.ndim, axis)
+        real = real * along(scale, q.ndim, axis)
+        real.positive = real.positive or tensor in self._positive
+        return real
 
 
 @dataclass(frozen=True)
@@ -132,7 +164,9 @@ def compile(
     method: str | Method = "relevance-cam",
     composite: str | Composite | None = None,
     start: str | Start | None = None,
+    attention: str | None = None,
     size: Size | None = None,
+    inputs: Mapping[str, Any] | None = None,
     upsample: bool = False,
     normalise: bool = False,
 ) -> Compiled:
@@ -144,8 +178,9 @@ def compile(
         targets: classes fixed in the model: numbers, labels, "predicted", "top3". Without any the model has an input
             `targets`, int64 (N, slots), where -1 stands for the predicted class, -2 for the second.
         slots: how many targets that input holds for each image.
-        method, composite, start: as for `explain`.
+        method, composite, start, attention: as for `explain`.
         size: spatial size of the input, where the file leaves it open.
+        inputs: values to fix for inputs that hold for all images: a switch, a prompt.
         upsample: bring every map to the input's size, bilinearly.
         normalise: scale every map to 0..1 by its own minimum and maximum; a constant map gives zeros.
 
@@ -153,18 +188,22 @@ def compile(
         UsageError: a name means nothing.
         ModelError: the model cannot be compiled there; the message names the node.
     """
+    from onnxcam.feeds import settled
+
     chosen = find_method(method)
-    rules = find_composite(composite or chosen.composite)
     begin = find_start(start or chosen.start)
-    size = size or model.size
-    found = model.resolve([layers] if isinstance(layers, str | int) else list(layers), size)
+    given = settled(model, model.given(size or model.size), inputs)
+    rules = find_composite(composite) if composite else suited(chosen.composite, model.canonical(given).graph)
+    rules = rules.with_attention(attention)
+    found = model.resolve([layers] if isinstance(layers, str | int) else list(layers), given, chosen.vectors)
     tensors = list(dict.fromkeys(layer.tensor for layer in found.values()))
-    listed = {row.tensor for row in model.layers(size)}
-    canonical = model.canonical(size, frozenset(tensors) - listed, rules.fold_batchnorm)
+    listed = {row.tensor for row in model.layers(given)}
+    canonical = model.canonical(given, frozenset(tensors) - listed, rules.fold_batchnorm)
     if rules.needs_box:
         if model.spec.layout is None:
             raise UsageError(f"composite {rules.name} needs the range of the input, which only pictures have")
-        rules = rules.with_box(*model.preprocess.bounds(model.spec))
+        ranges = {model.spec.name: model.preprocess.bounds(model.spec)}
+        rules = boxed(rules, canonical, ranges, blank(canonical.graph))
     if reason := why_no_logits(canonical.graph, canonical.logits):
         raise ModelError(reason)
     fixed = None
@@ -184,6 +223,7 @@ def compile(
         "onnxcam.method": chosen.name,
         "onnxcam.composite": rules.name,
         "onnxcam.start": begin.name,
+        **({"onnxcam.attention": rules.attention} if rules.attention else {}),
         "onnxcam.layers": json.dumps({name: layer.tensor for name, layer in found.items()}),
         "onnxcam.maps": json.dumps(maps),
         "onnxcam.targets": json.dumps(fixed if fixed is not None else {"input": count}),
@@ -234,13 +274,13 @@ def record(
     graph, notes = _raised(canonical.graph)
     surgeon = graph.surgeon.copy()
     ops = RecorderOps(surgeon)
-    values = _Recorded(graph, ops)
+    values = _Recorded(graph, ops, canonical.batch)
     logits, onehot, chosen = _targets(ops, values, canonical.logits, count, fixed, ranks)
-    relevance = start.at(ops, logits, onehot)
+    relevance = start.at(ops, logits, onehot, canonical.squash)
     shape = values.shape(canonical.logits)
     relevance = ops.reshape(relevance, shape)
     tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
-    flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=balances)
+    flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=balances, images=logits.shape[0])
 
     outputs = [_output(ops, logits, LOGITS), _output(ops, chosen, CLASSES)]
     names: dict[str, str] = {}
@@ -248,16 +288,17 @@ def record(
         if layer.tensor not in flow.relevance:
             raise ModelError(unreached(name, rules))
         at_layer = flow.relevance[layer.tensor]
-        heat = method.combine(ops, values.array(layer.tensor), at_layer)
+        activation = layer.activation(ops, values.array(layer.tensor))
+        heat = method.combine(ops, activation, layer.relevance(ops, at_layer))
         heat = _images_first(ops, heat)
         if upsample:
-            heat = _upsampled(ops, heat, graph.shape(graph.inputs[0]))
+            heat = _upsampled(ops, heat, graph.shape(canonical.input))
         if normalise:
             heat = _normalised(ops, heat)
         outputs.append(_output(ops, heat, f"map_{safe_name(layer.node)}"))
         names[name] = outputs[-1].name
         if sums:
-            total = ops.sum(at_layer, tuple(range(2 - at_layer.ndim, 0)))
+            total = per_image(ops, graph, layer.tensor, at_layer, logits.shape[0])
             outputs.append(_output(ops, _images_first(ops, total), f"sum/{name}"))
     if flow.balances:
         rows = [_images_first(ops, total) for b in flow.balances for total in (b.received, b.handed, b.magnitude)]
@@ -273,7 +314,21 @@ def record(
         tidy(surgeon, frozenset())
         weights = detach(surgeon) if detached else {}
         proto = gs.export_onnx(surgeon, do_type_check=False)
+        forget_unused_domains(proto)
     return Recording(proto, names, notes, [(b.node, b.op_type, b.rule) for b in flow.balances], weights)
+
+
+def forget_unused_domains(proto: onnx.ModelProto) -> None:
+    """Leave out the opsets that no node is of: runtimes refuse models for domains that they do not know."""
+
+    def domains(graph: onnx.GraphProto) -> set[str]:
+        inner = [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs)]
+        return {node.domain for node in graph.node}.union(*map(domains, inner))
+
+    used = domains(proto.graph) | {"", "ai.onnx"}
+    kept = [entry for entry in proto.opset_import if entry.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
 
 
 def unreached(layer: str, rules: Composite) -> str:
@@ -289,8 +344,12 @@ def _raised(graph: Graph) -> tuple[Graph, list[str]]:
     if graph.opset() >= OLDEST_OPSET:
         return graph, []
     proto = gs.export_onnx(graph.surgeon, do_type_check=False)
+    # ONNX Runtime's optimiser writes this op into files of any opset; ONNX has it from 17 on. Meanwhile it is foreign.
+    early = {n.name for n in proto.graph.node if n.op_type == "LayerNormalization" and n.domain == ""}
+    _to_domain(proto, early, "com.microsoft")
     try:
         raised = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
+        _to_domain(raised, early, "")
     except Exception as error:  # the converter raises RuntimeError, ConvertError and others
         raise ModelError(
             f"the model has opset {graph.opset()}, compiling needs {OLDEST_OPSET}, and ONNX's converter fails: "
@@ -303,6 +362,12 @@ def _raised(graph: Graph) -> tuple[Graph, list[str]]:
     return Graph(canonise(raised, keep=kept & _tensor_names(raised), fold_batchnorm=False)), [note]
 
 
+def _to_domain(proto: onnx.ModelProto, nodes: set[str], domain: str) -> None:
+    for node in proto.graph.node:
+        if node.name in nodes:
+            node.domain = domain
+
+
 def _tensor_names(proto: onnx.ModelProto) -> frozenset[str]:
     return frozenset(name for node in proto.graph.node for name in node.output)
 
@@ -312,8 +377,8 @@ def _targets(
 ) -> tuple[Symbol, Symbol, Symbol]:
     """Logits (N, K), the classes as one-hot rows (T, N, max(K, 2)), and the classes (N, T)."""
     raw = values.array(name)
-    batch, *rest = raw.shape if len(raw.shape) > 1 else (1, *raw.shape)
-    k = int(np.prod([n for n in rest if isinstance(n, int)]))
+    k = count_classes(raw.shape, values.batch)
+    batch = raw.shape[0] if len(raw.shape) > 1 or k == 1 else 1
     logits = ops.shaped(raw, (batch, k))
     ranks = min(ranks, max(k, 2))
     ranked = _ranked(ops, logits, k, ranks)
@@ -380,8 +445,8 @@ def _batch_name(ops: RecorderOps, batch: int | str) -> int | str:
     """The batch axis as the graph's own input names it."""
     if isinstance(batch, int):
         return batch
-    first: int | str = ops.graph.inputs[0].shape[0]
-    return first
+    open_ones = [t.shape[0] for t in ops.graph.inputs if t.shape and isinstance(t.shape[0], str)]
+    return open_ones[0] if open_ones else batch
 
 
 def _images_first(ops: RecorderOps, x: Symbol) -> Symbol:
@@ -436,8 +501,8 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def classes_in(canonical: Canonical) -> int:
     """How many logits there are, as far as the graph tells."""
-    shape = canonical.graph.shape(canonical.logits) or ()
-    return int(np.prod([n for n in (shape[1:] if len(shape) > 1 else shape) if isinstance(n, int)]))
+    shape = canonical.graph.shape(canonical.logits)
+    return count_classes(shape, canonical.batch) if shape else 1
 
 
 def _version() -> str:

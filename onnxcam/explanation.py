@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ class Conservation:
     Attributes:
         start: sum of the relevance the walk began with, (images, T); `start_magnitude` sums its absolute values.
         at_layers: sum of the relevance at each layer, (images, T).
-        nodes: the balance of every node on the way; empty for the gradient, which conserves nothing.
+        nodes: the balance of every node on the way; empty for the gradient, which conserves nothing, and where images
+            took different ways.
     """
 
     start: np.ndarray
@@ -92,6 +93,7 @@ class Conservation:
         def joined(arrays: list[np.ndarray]) -> np.ndarray:
             return np.concatenate(arrays)
 
+        same_way = len({tuple(n.node for n in p.nodes) for p in parts}) == 1
         return cls(
             joined([p.start for p in parts]),
             joined([p.start_magnitude for p in parts]),
@@ -105,7 +107,7 @@ class Conservation:
                     joined([b.handed for b in same]),
                     joined([b.magnitude for b in same]),
                 )
-                for same in zip(*(p.nodes for p in parts), strict=True)
+                for same in zip(*(p.nodes for p in parts if same_way), strict=True)
             ],
         )
 
@@ -179,6 +181,19 @@ class Explanation:
     def logit(self, image: int, target: int) -> float:
         row, c = self.logits[image], int(self.targets[image, target])
         return float(row[c]) if len(row) > 1 else float(row[0] if c else -row[0])
+
+    def is_vector(self, layer: str) -> bool:
+        """True where the layer holds features (N, F), of which each has its relevance, and no map."""
+        return len(self.layers[layer].shape) == 2
+
+    def top_features(
+        self, layer: str | None = None, image: int = 0, target: int = 0, count: int = 10
+    ) -> list[tuple[int, float]]:
+        """The features of a layer (N, F) with the most relevance, for the class or against it: (feature, relevance)."""
+        name = layer if layer is not None else next(iter(self.maps))
+        row = self.maps[name][image, target].ravel()
+        order = np.argsort(-np.abs(row), kind="stable")[:count]
+        return [(int(k), float(row[k])) for k in order]
 
     def overlay(self, layer: str | None = None, image: int = 0, target: int = 0, **options: Any) -> Image.Image:
         """One map drawn over what the model saw, with a colour bar and a caption; options as `render.overlay`.
@@ -318,7 +333,7 @@ class Explanation:
             "preprocess_source": model.preprocess_source if drawn else None,
             "options": self.options,
             "versions": versions,
-            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
             "conservation": self.conservation.to_json(),
             "warnings": self.warnings,
         }

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcam.dequantised import dequantised_constants
+
 Shape = tuple[int | str | None, ...]
 
 
@@ -87,7 +89,8 @@ class Graph:
 
     @cached_property
     def constants(self) -> dict[str, np.ndarray]:
-        return {name: t.values for name, t in self._tensors.items() if isinstance(t, gs.Constant)}
+        stored = {name: t.values for name, t in self._tensors.items() if isinstance(t, gs.Constant)}
+        return stored | dict(dequantised_constants(self.surgeon))
 
     @cached_property
     def _producers(self) -> dict[str, Node]:
@@ -111,7 +114,11 @@ class Graph:
         """
         found = set(self.inputs)
         for node in self.nodes:
-            if any(name in found for name in node.inputs):
+            if node.op_type == "QuantizeLinear":
+                found.update(node.outputs if node.inputs[0] in found else ())  # integers, but values all the same
+            elif node.op_type == "DynamicQuantizeLinear":
+                found.update(node.outputs[:1] if node.inputs[0] in found else ())  # scale and zero point are statistics
+            elif any(name in found for name in node.inputs):
                 found.update(name for name in node.outputs if name and not self._counts(name))
         return found
 

@@ -6,8 +6,9 @@ and keeps the sessions that were asked of it; nothing of this is global, and the
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,18 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcam.cache import Recent, disk_cache
 from onnxcam.canonise import canonise, name_nodes
-from onnxcam.errors import ModelError, UsageError
-from onnxcam.graph import Graph, Shape
-from onnxcam.input_spec import InputSpec, static
+from onnxcam.canonise.quantised.values import dequantised_name
+from onnxcam.errors import UsageError
+from onnxcam.graph import Graph
+from onnxcam.heads import locate_logits
+from onnxcam.input_spec import Given, InputSpec, assumed, main_input, read_inputs, static
 from onnxcam.labels import Labels, labels_from_metadata, read_labels
-from onnxcam.layers import Layer, Names, list_layers, module_paths, resolve
-from onnxcam.maps import spatial_axes
+from onnxcam.layers import KEYWORDS, Layer, Names, list_layers, module_paths, resolve
+from onnxcam.maps import Maps
+from onnxcam.own_scaling import pixels_wanted
 from onnxcam.preprocess import Preprocess, choose
 from onnxcam.reading import ReadModel, read
 from onnxcam.signs import nonnegative_tensors
-from onnxcam.starts import locate_logits
 from onnxcam.weights import attach
 
 if TYPE_CHECKING:
@@ -47,9 +50,22 @@ class Canonical:
     graph: Graph
     logits: str
     squash: str | None
-    key: Any  # the input's shape, the tensors kept, and whether BatchNormalization was folded
+    key: Any  # what is given about the inputs, the tensors kept, and whether BatchNormalization was folded
     sessions: Recent  # the model's
     cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def input(self) -> str:
+        """The name of the main input."""
+        given: Given = self.key[0]
+        return given.shapes[0][0]
+
+    @property
+    def batch(self) -> int | None:
+        """How many images a batch has, where the file fixes that."""
+        given: Given = self.key[0]
+        shape = given.shapes[0][1]
+        return shape[0] if shape and isinstance(shape[0], int) else None
 
 
 class Model:
@@ -58,10 +74,11 @@ class Model:
     Attributes:
         name: the file's name, or "model".
         sha256: of the file.
-        spec: what the input wants.
+        inputs: what the inputs want, in the file's order.
+        spec: that of the input that is explained first: the picture, where one is.
         preprocess, preprocess_source: how pictures become input, and where that is known from.
         labels: names of the classes.
-        output: the graph output that is explained.
+        output: the output or inner tensor that is explained; `outputs` are all that the file has.
         disk: where recorded explanations are kept; None where they are not.
     """
 
@@ -78,10 +95,15 @@ class Model:
         self.name = self._read.path.name if self._read.path else "model"
         self.sha256 = self._read.sha256
         self.metadata = self._read.metadata
-        self.spec = _input_of(self._read.proto)
+        self.inputs = read_inputs(self._read.proto.graph)
+        self.inputs = tuple(
+            replace(s, pixels=pixels_wanted(self._read.proto.graph, s.name)) if s.layout else s for s in self.inputs
+        )
+        self.spec = main_input(self.inputs)
         self.preprocess, self.preprocess_source = choose(preprocess, self.metadata, self.spec)
         self.labels = _labels(labels, self.metadata)
-        self.output = _output_of(self._read.proto, output)
+        self.outputs = tuple(o.name for o in self._read.proto.graph.output)
+        self.output = _output_of(self._read.proto.graph, output)
         self._canonical = Recent(GRAPHS)
         self._sessions = Recent(SESSIONS)
 
@@ -115,24 +137,24 @@ class Model:
     def size(self) -> Size:
         """Spatial size of the input where no array says otherwise: the file's, else the preset's, else 224."""
         if self.spec.layout is None:
-            return tuple(static(d) or 0 for d in self.spec.shape[2:])
+            return tuple(static(d) or 0 for d in self.spec.shape[1:])
         height, width = self.preprocess.size or (224, 224)
         return (self.spec.height or height, self.spec.width or width)
 
     def canonical(
-        self, size: Size | None = None, keep: frozenset[str] = frozenset(), fold_batchnorm: bool = True
+        self, size: Size | Given | None = None, keep: frozenset[str] = frozenset(), fold_batchnorm: bool = True
     ) -> Canonical:
         """The canonised graph for inputs of spatial `size`, in which the tensors `keep` survive as they are."""
-        shape = self._shape(size)
+        given = self.given(size)
         keep -= {self.spec.name}  # which survives anyhow
-        key = (shape, keep, fold_batchnorm)
+        key = (given, keep, fold_batchnorm)
 
         def make() -> Canonical:
             surgeon = canonise(
                 self._read.proto,
                 weights=self._read.weights,
-                shapes={self.spec.name: shape},
-                keep=keep,
+                given=given,
+                keep=keep | {self.output},
                 fold_batchnorm=fold_batchnorm,
             )
             graph = Graph(surgeon)
@@ -141,34 +163,53 @@ class Model:
 
         return self._canonical.get(key, make)
 
+    def given(self, size: Size | Given | None = None) -> Given:
+        """What is known about the inputs where the main one has this spatial size; what is given stays as it is."""
+        return size if isinstance(size, Given) else assumed(self.inputs, self.spec, self._shape(size))
+
     def _shape(self, size: Size | None) -> tuple[int | str, ...]:
         """The input's shape with its spatial axes fixed and its batch as the file has it."""
         spec = self.spec
         batch: int | str = spec.batch if spec.batch is not None else "N"
         if spec.layout is None:
-            sizes = size if size is not None else tuple(static(d) or f"axis{i}" for i, d in enumerate(spec.shape[1:]))
-            return (batch, *sizes) if len(sizes) == len(spec.shape) - 1 else tuple(spec.shape)  # type: ignore[arg-type]
+            sizes = size if size is not None else self.size
+            return (batch, *(n or f"axis{i}" for i, n in enumerate(sizes))) if spec.shape else ()
         height, width = size if size is not None else self.size
         channels = spec.channels or 3
         return (batch, channels, height, width) if spec.layout == "NCHW" else (batch, height, width, channels)
 
     # -- layers --------------------------------------------------------------------------------------------------
 
-    def layers(self, size: Size | None = None) -> list[Layer]:
+    def layers(self, size: Size | Given | None = None) -> list[Layer]:
         """The layers that can be explained at this input size, in topological order; the suggested ones are marked."""
         key = ("layers", size)
         found = self.canonical(size)
         if key not in found.cache:
-            found.cache[key] = list_layers(found.graph, found.logits, self.names.paths, self._spatial)
+            maps = self._maps(found)
+            found.cache[key] = list_layers(found.graph, found.logits, self.names.paths, maps=maps)
         rows: list[Layer] = found.cache[key]
         return rows
 
-    @property
-    def _spatial(self) -> dict[str, tuple[int, ...]]:
-        return {self.spec.name: (1, 2)} if self.spec.layout == "NHWC" else {}
+    def _maps(self, found: Canonical) -> Maps:
+        if "maps" not in found.cache:
+            spatial = {"NCHW": (2, 3), "NHWC": (1, 2)}
+            known: dict[str, tuple[int, ...]] = {}
+            for spec in self.inputs:
+                if spec.layout:
+                    known[spec.name] = spatial[spec.layout]
+                elif len(spec.shape) < 3 and not _are_tokens(found.graph, spec.name):
+                    known[spec.name] = ()  # features lie nowhere
+            found.cache["maps"] = Maps(found.graph, known)
+        maps: Maps = found.cache["maps"]
+        return maps
 
-    def resolve(self, typed: Sequence[str | int | Layer], size: Size | None = None) -> dict[str, Layer]:
+    def resolve(
+        self, typed: Sequence[str | int | Layer], size: Size | Given | None = None, vectors: bool = False
+    ) -> dict[str, Layer]:
         """Layers by the name they are reported under: as typed where that means one, else the node's name.
+
+        With `vectors`, tensors (N, features) are layers too, although they have no map, and where nothing has one the
+        keywords stand for the inputs.
 
         Raises:
             UsageError: a name means nothing, or a tensor that is on no way to the logits or has no map.
@@ -178,18 +219,48 @@ class Model:
         out: dict[str, Layer] = {}
         for text in typed:
             if isinstance(text, Layer):
-                out[text.node] = by_tensor.get(text.tensor) or self._unlisted(text.tensor, size)
+                out[text.node] = by_tensor.get(text.tensor) or self._unlisted(text.tensor, size, vectors)
                 continue
+            if self._means_inputs(text, rows, vectors):
+                seen = self._seen_inputs(size)
+                named = {str(text): seen[0]} if len(seen) == 1 else {name: name for name in seen}
+                out.update((label, self._unlisted(name, size, vectors)) for label, name in named.items())
+                continue
+            if not rows and text in KEYWORDS:
+                raise UsageError(no_maps(self.spec))
             meant = resolve(text, self.names, rows)
             if len(meant) == 1:
-                one = meant[0]
-                layer = one if isinstance(one, Layer) else by_tensor.get(one) or self._unlisted(one, size)
+                one = meant[0] if isinstance(meant[0], Layer) else self._real(meant[0], size)
+                layer = one if isinstance(one, Layer) else by_tensor.get(one) or self._unlisted(one, size, vectors)
                 out[str(text)] = layer
             else:
                 out.update((row.node, row) for row in meant if isinstance(row, Layer))
         return out
 
-    def _unlisted(self, tensor: str, size: Size | None) -> Layer:
+    def _real(self, tensor: str, size: Size | Given | None) -> str:
+        """The tensor that holds the real values of `tensor`: itself, but for the integers of a quantised network."""
+        raw = self.names.raw
+        if tensor in raw.inputs:
+            return tensor
+        for reader in raw.consumers(tensor):
+            if reader.op_type == "DequantizeLinear" and reader.inputs[0] == tensor:
+                return reader.outputs[0]
+        real = dequantised_name(tensor)
+        return real if real in self.canonical(size).graph else tensor
+
+    def _means_inputs(self, text: str | int | Layer, rows: Sequence[Layer], vectors: bool) -> bool:
+        if text == "input":
+            return "input" not in self.names.tensors and "input" not in self.names.nodes
+        return vectors and not rows and text in KEYWORDS
+
+    def _seen_inputs(self, size: Size | Given | None) -> list[str]:
+        """The inputs that what the model sees comes in through, the main one first."""
+        found = self.canonical(size)
+        names = [found.input, *(name for name in found.graph.inputs if name != found.input)]
+        seen = [n for n in names if n in found.graph.data and found.graph.between([n], found.logits)]
+        return seen or [found.input]
+
+    def _unlisted(self, tensor: str, size: Size | Given | None, vectors: bool = False) -> Layer:
         """A layer for a tensor that the listing leaves out: an input, a bottleneck of layout ops, a folded tensor."""
         found = self.canonical(size, frozenset({tensor}))
         graph = found.graph
@@ -204,41 +275,38 @@ class Model:
         shape = graph.shape(tensor)
         if shape is None:
             raise UsageError(f"the shape of tensor {tensor!r} is unknown, so there is no map of it")
-        if why := self._why_no_map(graph, tensor, shape):
+        maps = self._maps(found)
+        form = maps.form(tensor)
+        if form is None and not (vectors and len(shape) == 2):
+            why = maps.why_none(tensor)
+            if len(shape) < 3:
+                why = "has no spatial axes, so there is no map of it: --method lrp gives the relevance of each feature"
             raise UsageError(f"tensor {tensor!r} of shape ({', '.join(map(str, shape))}) {why}; see `onnxcam layers`")
         node = graph.producer(tensor)
         sign = "nonnegative" if tensor in nonnegative_tensors(graph) else "signed"
-        return Layer(None, node.name if node else tensor, node.op_type if node else "Input", tensor, shape, 0, sign)
-
-    def _why_no_map(self, graph: Graph, tensor: str, shape: Shape) -> str | None:
-        axes = spatial_axes(graph, self._spatial).get(tensor, ())
-        if len(shape) < 3:
-            return "has no spatial axes, so there is no map of it"
-        if not axes:
-            return "has lost its spatial axes (tokens, or an attention matrix), so there is no map of it"
-        if axes != tuple(range(2, len(shape))):
-            return "has its channels last: name one before or behind the Transpose"
-        return "has a single position, so there is no map of it" if set(shape[2:]) == {1} else None
+        reaches = form is None or tensor not in maps.dead(found.logits)
+        name, op = (node.name, node.op_type) if node else (tensor, "Input")
+        return Layer(None, name, op, tensor, shape, 0, sign, form=form, reaches=reaches)
 
     # -- what a model is for -------------------------------------------------------------------------------------
 
     def explain(
         self,
-        images: Any,
+        images: Any = None,
         layers: Sequence[str | int | Layer] | str | int | Layer = ("auto",),
         targets: Sequence[str | int] | str | int | None = None,
         **options: Any,
     ) -> Explanation:
-        """Explain pictures; see `onnxcam.explain.explain` for the options."""
+        """Explain pictures or arrays; see `onnxcam.explain.explain` for the options."""
         from onnxcam.explain import explain
 
         return explain(self, images, layers, targets, **options)
 
-    def check(self, composite: str = "relevance_cam") -> Check:
+    def check(self, composite: str | None = None, attention: str | None = None) -> Check:
         """Which operator and rule every node from the logits to the input gets, or why it gets none."""
         from onnxcam.check import check
 
-        return check(self, composite)
+        return check(self, composite, attention)
 
 
 def load(
@@ -254,7 +322,7 @@ def load(
         source: a path, the bytes of a file, or a `ModelProto` (which is not changed).
         preprocess: a preset's name or a `Preprocess`; by default what the file's metadata says, else a guess.
         labels: a file of class names or a list of them; by default what the file's metadata says.
-        output: the graph output to explain; by default the first.
+        output: the output to explain, or an inner tensor that holds logits; by default the first output.
         cache: a folder to keep recorded explanations in; by default what ONNXCAM_CACHE says, else none.
 
     Raises:
@@ -264,28 +332,31 @@ def load(
     return Model(source, preprocess, labels, output, cache)
 
 
-def _input_of(proto: onnx.ModelProto) -> InputSpec:
-    weights = {t.name for t in proto.graph.initializer} | {t.values.name for t in proto.graph.sparse_initializer}
-    inputs = [i for i in proto.graph.input if i.name not in weights]
-    if len(inputs) != 1:
-        names = ", ".join(i.name for i in inputs) or "none"
-        raise ModelError(f"the model has {len(inputs)} inputs ({names}): onnxcam explains models with one")
-    kind = inputs[0].type.tensor_type
-    if not inputs[0].type.HasField("tensor_type"):
-        raise ModelError(f"input {inputs[0].name!r} is no tensor")
-    dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
-    return InputSpec.of(inputs[0].name, dims, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-
-
-def _output_of(proto: onnx.ModelProto, wanted: str | None) -> str:
-    names = [o.name for o in proto.graph.output]
+def _output_of(graph: onnx.GraphProto, wanted: str | None) -> str:
+    names = [o.name for o in graph.output]
     if wanted is None:
-        if not names:
-            raise ModelError("the model has no output")
         return names[0]
-    if wanted not in names:
-        raise UsageError(f"no output is called {wanted!r}: there are {', '.join(names)}")
+    inner = [name for node in graph.node for name in node.output if name]
+    if wanted not in names and wanted not in inner:
+        near = difflib.get_close_matches(wanted, inner, n=1)
+        hint = f", and an inner tensor {near[0]}" if near else ""
+        raise UsageError(f"no output is called {wanted!r}: there are {', '.join(names)}{hint}")
     return wanted
+
+
+def _are_tokens(graph: Graph, name: str) -> bool:
+    """True for an input of numbers that a table of embeddings is read by, whose places are positions."""
+    readers = graph.consumers(name)
+    readers += [after for n in readers if n.op_type == "Cast" for after in graph.consumers(n.outputs[0])]
+    return any(n.op_type == "Gather" and n.has(1) and n.inputs[0] != name and n.is_constant(0) for n in readers)
+
+
+def no_maps(spec: InputSpec) -> str:
+    """What to say where no tensor has a map, and a method needs one."""
+    return (
+        f"no layer of this model has a map: no tensor on the way from input {spec.name!r} {spec.text} to the logits "
+        "has a spatial extent; --method lrp gives the relevance of each feature of the input"
+    )
 
 
 def _labels(given: str | Path | Sequence[str] | None, metadata: dict[str, str]) -> Labels:

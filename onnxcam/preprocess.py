@@ -297,6 +297,13 @@ def guess(spec: InputSpec) -> tuple[Preprocess, str]:
     """A guess by number type, channels and layout, and a sentence that says so and how to say it better."""
     if spec.layout is None:
         return PRESETS["none"], f"guessed none: {spec.why_no_image}, so only arrays can be passed, as they are"
+    if spec.pixels is not None:
+        # What happens to its input first in the graph tells the range, and nothing is left to do.
+        name = "raw" if spec.pixels == 255 else "unit"
+        return PRESETS[name], (
+            f"guessed {name}: the model itself scales what {spec.name!r} holds, from pixels 0..{spec.pixels} on; if "
+            "they were meant otherwise, say --preprocess NAME"
+        )
     if spec.is_integer:
         what, found = f"takes {spec.dtype.name}", PRESETS["raw"]
         if spec.dtype == np.int8:  # quantised pixels, shifted by half the range

@@ -7,7 +7,7 @@ nothing has no entry, which is not the same as zeros. One walk serves all layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,9 @@ class TapValues:
     def host(self, tensor: str) -> np.ndarray:
         constant = self.graph.constants.get(tensor)
         return self.taps[tensor] if constant is None else constant
+
+    def index(self, tensor: str) -> np.ndarray:
+        return self.host(tensor).astype(np.int64)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         return tuple(self.host(tensor).shape)
@@ -109,6 +112,7 @@ def propagate(
     composite: Composite,
     ops: Any,
     cache: dict[tuple[str, str], Array] | None = None,
+    images: int | None = None,
 ) -> Flow:
     """Carry `starts` back to `layers`.
 
@@ -120,6 +124,7 @@ def propagate(
         composite: which rule applies where.
         ops: the primitives of an engine.
         cache: arrays made from constants of this graph, kept from walk to walk.
+        images: how many a batch has, where the starts do not say so by their first axis.
 
     Returns:
         A `Flow`; a layer that no relevance reaches has no entry.
@@ -130,7 +135,8 @@ def propagate(
     values = TapValues(graph, taps, ops, {} if cache is None else cache)
     # A rule may divide by zero where it drops the quotient a line later.
     with np.errstate(divide="ignore", invalid="ignore"):
-        flow = walk(graph, values, {name: ops.asarray(r) for name, r in starts.items()}, layers, composite)
+        begun = {name: ops.asarray(r) for name, r in starts.items()}
+        flow = walk(graph, values, begun, layers, composite, images=images)
 
     def host(array: Array) -> np.ndarray:
         return np.asarray(ops.to_host(array), np.float64)
@@ -151,6 +157,7 @@ def walk(
     layers: Collection[str],
     composite: Composite,
     balance: bool = True,
+    images: Any = None,
 ) -> Flow:
     """The walk itself, on arrays of any engine: `propagate` with the values of a forward pass at hand.
 
@@ -165,6 +172,8 @@ def walk(
     balances = []
     firsts = first_linear(graph) if composite.first is not None else set()
 
+    if images is None:
+        images = next((r.shape[1] if r.ndim > 2 else 1 for r in starts.values()), 1)
     path: dict[str, Node] = {n.name: n for target in starts for n in graph.between(layers, target)}
     for node in sorted(path.values(), key=lambda n: n.index, reverse=True):
         arrived = [held.pop(name, None) for name in node.outputs]
@@ -182,17 +191,58 @@ def walk(
             name = node.inputs[i]
             held[name] = held[name] + share if name in held else share
         if balance and composite.conserves:
-            balances.append(_balance(ops, node, describe(rule), arrived, [s for _, s in shares]))
+            row = _balance(ops, node, describe(rule), arrived, shares, images)
+            balances += [row] if row is not None else []
     found.update((name, r) for name, r in held.items() if name in layers)
     return Flow(found, balances)
 
 
-def _balance(ops: Any, node: Node, rule: str, arrived: list[Array | None], shares: list[Array]) -> Balance:
-    def total(arrays: list[Array]) -> Array:
-        sums = [ops.sum(a, tuple(range(2 - a.ndim, 0))) for a in arrays]
+def _balance(
+    ops: Any, node: Node, rule: str, arrived: list[Array | None], shares: Sequence[tuple[int, Array]], images: Any
+) -> Balance | None:
+    """The sums over one node; None where a tensor mixes the images of a batch, so that no sum is one image's."""
+
+    def total(parts: list[tuple[str, Array]]) -> Array:
+        sums = [per_image(ops, node.graph, name, a, images) for name, a in parts]
         return sum(sums[1:], sums[0])
 
-    present = [r for r in arrived if r is not None]
+    present = [(name, r) for name, r in zip(node.outputs, arrived, strict=True) if r is not None]
+    if any(image_axis(node.graph, n, r.shape[1:], images) is None for n, r in present) or any(
+        image_axis(node.graph, node.inputs[i], share.shape[1:], images) is None for i, share in shares
+    ):
+        return None
     received = total(present)
-    handed = total(shares) if shares else ops.zeros_like(received)
-    return Balance(node.name, node.op_type, rule, received, handed, total([ops.abs(r) for r in present]))
+    handed = total([(node.inputs[i], s) for i, s in shares]) if shares else ops.zeros_like(received)
+    magnitude = total([(name, ops.abs(r)) for name, r in present])
+    return Balance(node.name, node.op_type, rule, received, handed, magnitude)
+
+
+def image_axis(graph: Graph, tensor: str, sizes: Sequence[Any], images: Any) -> tuple[int, bool] | None:
+    """The axis of a tensor that the images of a batch stand in, and whether nothing else does, as windows might.
+
+    It is the one whose length the graph leaves open, mostly, else the first that fits. None where none does.
+    """
+    known = graph.shape(tensor) or ()
+    open_axes = [i for i, n in enumerate(known) if not isinstance(n, int)]
+    if len(open_axes) == 1:
+        axis = open_axes[0]
+        batches = {(graph.shape(name) or (None,))[0] for name in graph.inputs}
+        return axis, sizes[axis] == images and (not isinstance(images, str) or known[axis] in batches)
+    fits = [i for i, n in enumerate(sizes) if n == images] or [i for i, n in enumerate(sizes) if n % images == 0]
+    return (fits[0], sizes[fits[0]] == images) if fits else None
+
+
+def per_image(ops: Any, graph: Graph, tensor: str, r: Array, images: Any) -> Array:
+    """The relevance (T, *shape) of a tensor summed for each target and image, (T, N).
+
+    Raises:
+        EngineError: no axis of the tensor holds the images.
+    """
+    found = image_axis(graph, tensor, r.shape[1:], images)
+    if found is None:
+        raise EngineError(f"tensor {tensor!r} has no axis for the {images} images of a batch: explain them one by one")
+    axis, alone = found
+    if not alone:
+        others = [i for i in range(r.ndim - 1) if i != axis]
+        r, axis = ops.by_image(ops.permute(r, (axis, *others)) if axis else r, images), 0
+    return ops.sum(r, tuple(i - r.ndim for i in range(1, r.ndim) if i != axis + 1))

@@ -18,6 +18,7 @@ import onnx
 import onnx.external_data_helper as external
 import onnx.inliner
 
+from onnxcam.bfloat16 import widened
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.runtime import onnxruntime
 from onnxcam.weights import Buffer, cut, is_stub, take
@@ -112,7 +113,7 @@ def _read_huge(proto: onnx.ModelProto) -> ReadModel:
 
 def _whole(model: ReadModel, name: str) -> ReadModel:
     proto = _inlined(model.proto, name) if model.proto.functions else model.proto
-    return replace(model, proto=proto, metadata={p.key: p.value for p in proto.metadata_props})
+    return replace(model, proto=widened(proto), metadata={p.key: p.value for p in proto.metadata_props})
 
 
 def _bytes_of(path: Path) -> Buffer:

@@ -26,7 +26,7 @@ from onnxcam.explanation import Conservation, NodeBalance
 from onnxcam.layers import Layer
 from onnxcam.methods import Method
 from onnxcam.model import Canonical
-from onnxcam.propagate import needed_taps, propagate
+from onnxcam.propagate import needed_taps, per_image, propagate
 from onnxcam.starts import Start
 from onnxcam.taps import expose
 from onnxcam.targets import classes_of
@@ -69,8 +69,8 @@ class Runner(Protocol):
     providers: list[str]
     notes: list[str]
 
-    def run(self, array: np.ndarray, codes: Sequence[int]) -> Batch:
-        """Explain a batch (N, ...) for the targets that `codes` mean (see `targets`)."""
+    def run(self, feeds: Mapping[str, np.ndarray], codes: Sequence[int]) -> Batch:
+        """Explain a batch, arrays (N, ...) by input, for the targets that `codes` mean (see `targets`)."""
 
 
 class ArrayRunner:
@@ -90,24 +90,29 @@ class ArrayRunner:
         model = expose(canonical.graph, taps)
         return ReferenceSession(model, taps) if self.dtype == "float64" else RuntimeSession(model, taps, self.settings)
 
-    def run(self, array: np.ndarray, codes: Sequence[int]) -> Batch:
+    def run(self, feeds: Mapping[str, np.ndarray], codes: Sequence[int]) -> Batch:
         job, ops, name = self.job, self.ops, self.job.canonical.logits
-        taps = self.session.run({job.input: array})
-        logits = as_rows(taps[name], len(array))
+        taps = self.session.run(feeds)
+        logits = as_rows(taps[name], len(feeds[job.input]))
         if logits is None:
             raise ModelError(no_classifier(name, taps[name].shape))
         finite(logits, f"logits ({name!r})")
         classes = classes_of(codes, logits)
-        relevance = job.start(logits, classes).reshape(classes.shape[1], *taps[name].shape)
-        flow = propagate(job.canonical.graph, taps, {name: relevance}, job.tensors, job.rules, ops, self._constants)
+        relevance = job.start(logits, classes, job.canonical.squash).reshape(classes.shape[1], *taps[name].shape)
+        flow = propagate(
+            job.canonical.graph, taps, {name: relevance}, job.tensors, job.rules, ops, self._constants, len(logits)
+        )
         maps, sums = {}, {}
         for layer_name, layer in job.layers.items():
             if layer.tensor not in flow.relevance:
                 raise ModelError(unreached(layer_name, job.rules))
             at_layer = flow.relevance[layer.tensor]
-            heat = job.method.combine(ops, ops.asarray(taps[layer.tensor]), at_layer)
+            activation = layer.activation(ops, ops.asarray(taps[layer.tensor]))
+            heat = job.method.combine(ops, activation, layer.relevance(ops, at_layer))
             maps[layer_name] = np.moveaxis(np.asarray(ops.to_host(heat)), 0, 1).astype(np.float32)
-            sums[layer_name] = _rows(ops.to_host(ops.sum(at_layer, tuple(range(2 - at_layer.ndim, 0)))))
+            sums[layer_name] = _rows(
+                ops.to_host(per_image(ops, job.canonical.graph, layer.tensor, at_layer, classes.shape[0]))
+            )
         nodes = [
             NodeBalance(b.node, b.op_type, b.rule, _rows(b.received), _rows(b.handed), _rows(b.magnitude))
             for b in flow.balances
@@ -129,8 +134,8 @@ class RecordedRunner:
         self.providers: list[str] = []
         self.notes: list[str] = []
 
-    def run(self, array: np.ndarray, codes: Sequence[int]) -> Batch:
-        job = self.job
+    def run(self, feeds: Mapping[str, np.ndarray], codes: Sequence[int]) -> Batch:
+        job, images = self.job, len(feeds[self.job.input])
         count, ranks = len(codes), max([1, *(-c for c in codes)])
         what = (job.canonical.key, self._what(), count, ranks)
         session, names = job.canonical.sessions.get(
@@ -138,7 +143,7 @@ class RecordedRunner:
         )
         self.providers = session.providers
         self.notes += [note for note in session.notes if note not in self.notes]
-        out = session.run({job.input: array, names["targets"]: np.tile(np.array(codes, np.int64), (len(array), 1))})
+        out = session.run({**feeds, names["targets"]: np.tile(np.array(codes, np.int64), (images, 1))})
         logits, classes = finite(out[names["logits"]], f"logits ({job.canonical.logits!r})"), out[names["classes"]]
         nodes = []
         if names["balanced"]:
@@ -146,14 +151,14 @@ class RecordedRunner:
             nodes = [NodeBalance(*who, *rows[i]) for i, who in enumerate(names["balanced"])]
         sums = {name: out[f"sum/{name}"].astype(np.float64) for name in job.layers}
         maps = {name: out[names["maps"][name]] for name in job.layers}
-        begun = _start_sums(job.start(logits, classes))
+        begun = _start_sums(job.start(logits, classes, job.canonical.squash))
         return Batch(maps, classes, logits, Conservation(*begun, sums, nodes))
 
     def _what(self) -> tuple[Any, ...]:
         """What a recording depends on, beside the graph and the targets."""
         job = self.job
         layers = [(name, layer.node, layer.tensor) for name, layer in job.layers.items()]
-        return layers, job.canonical.logits, job.method, job.rules, job.start
+        return layers, job.canonical.logits, job.canonical.squash, job.method, job.rules, job.start
 
     def _load(self, what: Any, count: int, ranks: int) -> tuple[RuntimeSession, dict[str, Any]]:
         key = None if self.disk is None else digest(code_stamp(), self.content, what)
@@ -201,7 +206,9 @@ def as_rows(logits: np.ndarray, images: int) -> np.ndarray | None:
     """Logits as (N, K), whatever axes of length 1 the file gives them; None where they are none of a classifier."""
     if logits.ndim >= 2 and logits.shape[0] == images and logits.size == images * max(logits.shape[1:]):
         return logits.reshape(images, -1)
-    return logits[None] if logits.ndim == 1 and images == 1 else None
+    if logits.ndim == 1:  # one logit for each image, or the classes of the one image
+        return logits[None] if images == 1 else logits[:, None] if len(logits) == images else None
+    return None
 
 
 def finite(array: np.ndarray, what: str) -> np.ndarray:

@@ -62,10 +62,11 @@ def is_stub(tensor: TensorProto) -> bool:
 
 def attach(graph: gs.Graph, weights: Mapping[str, np.ndarray]) -> gs.Graph:
     """Give the constants of a graph that was made of a cut model their values; in place."""
-    for name, tensor in graph.tensors().items():
-        if isinstance(tensor, gs.Constant) and name in weights:
-            tensor.values = weights[name]
-            tensor.data_location = None
+    for part in (graph, *graph.subgraphs(recursive=True)):  # a branch may be all that reads a weight
+        for name, tensor in part.tensors().items():
+            if isinstance(tensor, gs.Constant) and name in weights:
+                tensor.values = weights[name]
+                tensor.data_location = None
     return graph
 
 

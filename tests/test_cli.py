@@ -52,8 +52,20 @@ def workplace(tmp_path_factory) -> Path:
         f"x = Add(a, b) {POOLED} y = Gemm(f, v)",
         "(float[N,3,9,9] a, float[N,3,9,9] b) => (float[N,5] y)",
     )
+    save(
+        "facts.onnx",
+        "c = Conv(x, w) r = Relu(c) g = GlobalAveragePool(r) f = Flatten(g) j = Add(f, m) q = Where(is_training, f, j) "
+        "y = Gemm(q, v) z = Softmax(y)",
+        "(float[N,3,16,16] x, float[N,4] m, bool[1] is_training) => (float[N,5] y, float[N,5] z)",
+    )
+    np.save("rows.npy", RNG.normal(size=(3, 4)))
+    np.save("row.npy", RNG.normal(size=(1, 4)))
+    np.save("images.npy", RNG.normal(size=(2, 3, 16, 16)))
+    np.savez("both.npz", x=RNG.normal(size=(2, 3, 16, 16)), m=RNG.normal(size=(2, 4)))
+    np.savez("one.npz", RNG.normal(size=(3, 4)))
+    np.save("objects.npy", np.array([{}]), allow_pickle=True)
     save("det.onnx", f"{FEATURES} d = Det(r) y = Gemm(d, v)")
-    save("uint8.onnx", f"{POOLED} z = Gemm(f, v) y = Cast<to=2>(z)", "(float[N,3,16,16] x) => (uint8[N,5] y)")
+    save("places.onnx", f"{POOLED} z = Gemm(f, v) y = NonZero(z)", "(float[N,3,16,16] x) => (int64[2,K] y)")
     save("maps.onnx", "c = Conv(x, w) y = Relu(c)", "(float[N,3,16,16] x) => (float[N,4,14,14] y)")
     picture = Image.fromarray(RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     for name in ("a.png", "b.png", "one/a.png", "two/a.png"):
@@ -95,15 +107,19 @@ MISTAKES = [
     (("explain", "text.onnx", "a.png"), 2, ["text.onnx is a text file, not an ONNX model"]),
     (("explain", "empty.onnx", "a.png"), 2, ["empty.onnx is empty"]),
     (("explain", "one", "a.png"), 2, ["one is a directory"]),
-    (("explain", "flat.onnx", "a.png"), 2, ["has 2 dimensions; an image needs 4"]),
+    (("explain", "flat.onnx", "a.png"), 2, ["has 2 dimensions; an image needs 4", "--input FILE.npy"]),
     (("explain", "four-channels.onnx", "a.png"), 2, ["4 channels", "a picture has 1 or 3"]),
-    (("explain", "two-inputs.onnx", "a.png"), 3, ["has 2 inputs (a, b)"]),
+    (
+        ("explain", "two-inputs.onnx", "a.png"),
+        2,
+        ["has 2 inputs, a (N, 3, 9, 9), b (N, 3, 9, 9): input 'b' (N, 3, 9, 9) is missing", "--input b=FILE.npy"],
+    ),
     (
         ("explain", "det.onnx", "a.png"),
         3,
         ["node 'Det_0'", "for Det at opset 17", "docs/add-an-operator.md"],
     ),
-    (("explain", "uint8.onnx", "a.png"), 3, ["the logits ('y') are uint8"]),
+    (("explain", "places.onnx", "a.png"), 3, ["the logits ('y') are int64"]),
     (("explain", "maps.onnx", "a.png"), 3, ["(N, 4, 14, 14)", "onnxcam explains classifiers"]),
     ((*GOOD, "--layer", "R5"), 2, ["no layer is called 'R5'", "the nearest names are r"]),
     ((*GOOD, "--layer", "-9"), 2, ["-1 to -2"]),
@@ -134,16 +150,30 @@ MISTAKES = [
     ((*GOOD, "--batch-size", "0"), 2, ["'0' is no number of pictures"]),
     ((*GOOD, "--engine", "abacus"), 2, ["invalid choice: 'abacus'"]),
     ((*GOOD, "--colours", "red"), 2, ["invalid choice: 'red'"]),
-    (("explain", "good.onnx"), 2, ["required: IMAGE"]),
+    (("explain", "good.onnx"), 2, ["input 'x' (N, 3, 16, 16) is missing; give pictures, or an array by --input x="]),
     (("explain", "good.onnx", "none.png"), 2, ["no such picture: none.png"]),
     (("explain", "good.onnx", "broken.png"), 2, ["broken.png is damaged"]),
     (("explain", "good.onnx", "text.png"), 2, ["not a picture"]),
     (("explain", "good.onnx", "a.png", "text.png"), 2, ["text.png is not a picture"]),
     (("explain", "good.onnx", "no-pictures"), 2, ["folder no-pictures holds no picture"]),
+    (("explain", "flat.onnx", "--input", "rows.npy"), 2, ["no layer of this model has a map", "--method lrp"]),
+    (("explain", "flat.onnx", "--input", "none.npy"), 2, ["--input none.npy: no such file"]),
+    (("explain", "flat.onnx", "--input", "text.onnx"), 2, ["text.onnx is not a picture"]),
+    (("explain", "flat.onnx", "--input", "broken.png"), 2, ["broken.png is damaged"]),
+    (("explain", "flat.onnx", "--input", "nothing"), 2, ["--input nothing: no such file, and no number"]),
+    (("explain", "flat.onnx", "--input", "objects.npy"), 2, ["objects.npy cannot be read as an array"]),
+    (("explain", "flat.onnx", "--input", "images.npy"), 2, ["shape (2, 3, 16, 16), but input 'x' wants (N, 4)"]),
+    (("explain", "flat.onnx", "--input", "rows.npy", "--input", "x=rows.npy"), 2, ["input 'x' is given twice"]),
+    (("explain", "flat.onnx", "--input", "q=rows.npy"), 2, ["no input 'q'; its inputs are x (N, 4)"]),
+    (("explain", "flat.onnx", "--input", "x=both.npz"), 2, ["holds 2 arrays (x, m): one is wanted"]),
+    ((*GOOD, "--input", "images.npy"), 2, ["'x' is given twice, by IMAGE and by --input"]),
+    (("explain", "facts.onnx", "a.png"), 2, ["input 'm' (N, 4) is missing; give it by --input m=FILE.npy"]),
+    (("explain", "facts.onnx", "--input", "m=row.npy"), 2, ["input 'x' (N, 3, 16, 16) is missing; give pictures"]),
+    (("explain", "facts.onnx", "a.png", "--input", "m=rows.npy"), 2, ["'m' was given 3 rows for 1 images"]),
+    (("compile", "facts.onnx", "-o", "none.onnx", "--input", "m=row.npy"), 2, ["'m' goes image by image"]),
     (("frobnicate",), 2, ["invalid choice: 'frobnicate'"]),
     ((), 2, ["required: COMMAND"]),
     (("layers", "none.onnx"), 2, ["no such file"]),
-    (("layers", "two-inputs.onnx"), 3, ["has 2 inputs"]),
     (("check", "good.onnx", "--composite", "x"), 2, ["no composite named 'x'"]),
 ]
 
@@ -314,6 +344,60 @@ def test_colours_change_the_picture_and_not_the_map(place, tmp_path):
     assert one == other
 
 
+# -- arrays and several inputs ---------------------------------------------------------------------------------------
+
+
+def test_features_are_written_and_the_first_of_them_listed(place, tmp_path, capsys):
+    assert run("explain", "flat.onnx", "--input", "rows.npy", "-m", "lrp", "-t", "2", "-o", str(tmp_path)) == 0
+    printed = capsys.readouterr()
+    e = onnxcam.load("flat.onnx").explain(np.load("rows.npy"), targets=2, method="lrp")
+    for i in range(3):
+        np.testing.assert_array_equal(np.load(tmp_path / f"array-{i}/class-2-layer-x.npy"), e.maps["auto"][i, 0])
+    assert printed.err == ""
+    assert "features of auto = x (4), by relevance:" in printed.out
+    feature, relevance = e.top_features(image=1)[0]
+    rows = [line.split() for line in printed.out.splitlines()]
+    assert ["array-1", "class", "2", str(feature), f"{relevance:+.4g}"] in rows
+    assert "not drawn" not in printed.out  # there is no map that could be
+    assert run("explain", "flat.onnx", "--input", "one.npz", "-m", "lrp", "-t", "2", "-o", str(tmp_path / "z")) == 0
+
+
+def test_arrays_of_pictures_have_maps_and_no_overlays(place, tmp_path, capsys):
+    assert run("explain", "good.onnx", "--input", "x=images.npy", "-o", str(tmp_path)) == 0
+    assert capsys.readouterr().out.count("maps are written as .npy and not drawn: the input is an array") == 1
+    assert {p.suffix for p in tmp_path.rglob("*.*")} == {".npy", ".json"}
+
+
+@pytest.mark.parametrize("inputs", [("a.png", "--input", "m=row.npy"), ("--input", "both.npz")])
+def test_a_picture_and_an_array_are_explained_together(place, tmp_path, capsys, inputs):
+    options = ("-l", "r", "-l", "m", "-m", "lrp", "-t", "1", "--preprocess", "unit", "-o", str(tmp_path))
+    assert run("explain", "facts.onnx", *inputs, *options) == 0
+    printed = capsys.readouterr()
+    assert "onnxcam: warning: input 'is_training' was set to False" in printed.err
+    names = {p.name for p in tmp_path.rglob("*.npy")}
+    assert names == {"class-1-layer-Conv_0.npy", "class-1-layer-m.npy"}
+    assert "features of m (4), by relevance:" in printed.out
+    assert bool(list(tmp_path.rglob("*.png"))) == (inputs[0] == "a.png")
+
+
+def test_a_switch_is_set_by_its_value(place, tmp_path, capsys):
+    options = ("a.png", "--input", "m=row.npy", "--preprocess", "unit", "--no-overlay")
+    for i, value in enumerate(("true", "false", "1")):
+        out = str(tmp_path / str(i))
+        assert run("explain", "facts.onnx", *options, "--input", f"is_training={value}", "-o", out) == 0
+    assert "is_training" not in capsys.readouterr().err
+    on, off, one = (next((tmp_path / str(i)).rglob("*.npy")).read_bytes() for i in range(3))
+    assert on == one != off
+
+
+def test_what_else_a_model_has_is_listed(place, capsys):
+    for command in ("layers", "check"):
+        assert run(command, "facts.onnx") == 0
+        out = capsys.readouterr().out
+        assert "input x (N, 3, 16, 16); to be given by --input NAME=FILE.npy: m (N, 4), is_training (1) = False" in out
+        assert "output y; others, by --output NAME: z" in out
+
+
 # -- layers and check ------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +405,7 @@ def test_layers_lists_names_that_can_be_copied(place, capsys):
     assert run("layers", "good.onnx") == 0
     lines = capsys.readouterr().out.splitlines()
     rows = onnxcam.load("good.onnx").layers()
-    assert len(lines) == len(rows) + 3  # a header, two lines of legend
+    assert len(lines) == len(rows) + 4  # a header, three lines of legend
     for line, row in zip(lines[1:], rows, strict=False):
         assert line.startswith("*") == row.suggested
         assert {str(row.index), row.node, row.op, row.tensor, row.sign} <= set(line.split())
@@ -361,7 +445,7 @@ def test_check_says_that_a_model_can_be_explained(place, capsys):
     ("model", "says"),
     [
         ("det.onnx", "no operator for Det at opset 17"),
-        ("uint8.onnx", "are uint8"),
+        ("places.onnx", "are int64"),
         ("maps.onnx", "explains classifiers"),
     ],
 )

@@ -207,6 +207,9 @@ def batchnorm(draw: Draw, net: Net, x: str) -> None:
 def normalisation(draw: Draw, net: Net, x: str) -> None:
     c = net.shapes[x][0]
     if draw(st.booleans()):
+        (y,) = net.add(f"MeanVarianceNormalization<axes=[2,3]>({x})")
+        net.add(f"Add({y}, {net.weight(c, 1, 1, low=0.5)})")  # else its mean is zero, and rounding decides its sign
+    elif draw(st.booleans()):
         net.add(f"LRN<size={draw(st.sampled_from([1, 3]))}, alpha=0.5>({x})")
     else:
         net.add(f"InstanceNormalization<epsilon=0.1>({x}, {net.weight(c, low=0.5)}, {net.weight(c)})")
@@ -284,6 +287,13 @@ def shuffle(draw: Draw, net: Net, x: str) -> None:
         net.add(f"Gather<axis=1>({x}, {net.constant(np.array(index))})")
 
 
+def largest(draw: Draw, net: Net, x: str) -> None:
+    """The largest entries along an axis: which they are, only the running model knows."""
+    axis = draw(st.integers(1, 3))
+    k = net.constant(np.array([draw(st.integers(1, net.shapes[x][axis - 1]))]))
+    net.add(f"TopK<axis={axis}, largest={draw(st.integers(0, 1))}>({x}, {k})", 2)
+
+
 def transpose(draw: Draw, net: Net, x: str) -> None:
     net.add(f"Transpose<perm={[0, *draw(st.permutations([1, 2, 3]))]}>({x})")
 
@@ -338,7 +348,7 @@ def choice(draw: Draw, net: Net, x: str) -> None:
 GROW: tuple[Callable[[Draw, Net, str], None], ...] = (
     *(conv, conv, same_conv, activation, two, pool, join, smooth_gate),  # what most networks are made of comes first
     *(transposed, clip, prelu, pooled_sum, constant_operand, batchnorm, normalisation, split, cut, pad, resize),
-    *(shuffle, transpose, blocks, tokens, spread, tile, choice),
+    *(largest, shuffle, transpose, blocks, tokens, spread, tile, choice),
 )
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from walking import as_written, network
 
 from onnxcam.errors import ModelError, UsageError
-from onnxcam.starts import STARTS, locate_logits, softmax, start
+from onnxcam.heads import locate_logits
+from onnxcam.starts import STARTS, softmax, start
 
 LOGITS = np.array([[2.0, -1.0, 0.5, 0.0], [-3.0, 4.0, 1.0, 2.0]])
 TARGETS = np.array([[0, 2], [1, 1]])  # (images, T)

@@ -218,7 +218,7 @@ def _into_producer(chain: Chain, names: Names) -> bool:
 def _into_consumer(graph: gs.Graph, chain: Chain, names: Names) -> bool:
     # A lone number between two operators is mostly part of an activation's formula, as in x * clip(x + 3, 0, 6) / 6,
     # and scaling everything alike changes no relevance.
-    if not (chain.affine.per_channel or any(chain.before is t for t in graph.inputs)):
+    if not (chain.affine.per_channel or _enters(graph, chain.before)):
         return False
     if not _alone(chain.after, names.protected):
         return False
@@ -247,6 +247,13 @@ def _into_consumer(graph: gs.Graph, chain: Chain, names: Names) -> bool:
         detach(link)
     node.inputs[0] = chain.before
     return True
+
+
+def _enters(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """True where `tensor` is an input of the graph, in whatever layout."""
+    while tensor.inputs and tensor.inputs[0].op == "Transpose":
+        tensor = tensor.inputs[0].inputs[0]
+    return any(tensor is t for t in graph.inputs)
 
 
 def _shifted(node: gs.Node, weight: np.ndarray, shift: np.ndarray, shape: list[int | str | None]) -> np.ndarray | None:

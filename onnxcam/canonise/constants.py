@@ -12,6 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcam.canonise.evaluate import evaluate
+from onnxcam.canonise.quantised.weights import stays_quantised
 
 # Nodes of these draw random numbers, so that each run has its own.
 RANDOM = frozenset(
@@ -114,5 +115,6 @@ def _foldable(node: gs.Node, known: set[str], protected: frozenset[str]) -> bool
         and not any(True for _ in node.subgraphs())
         and not any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
         and not any(t.name in protected for t in node.outputs)
+        and not stays_quantised(node, protected)
         and all(t.is_empty() or isinstance(t, gs.Constant) or t.name in known for t in node.inputs)
     )

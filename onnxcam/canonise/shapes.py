@@ -1,4 +1,5 @@
-"""Write down the shapes that are known: Shape and Size of static axes, and the target of a Reshape with one free axis.
+"""Write down the shapes that are known: Shape and Size of static axes, the target of a Reshape with one free axis, and
+the numbers in the target of an Expand.
 
 With a symbolic batch a shape is a vector of numbers and symbols. Vectors travel through the nodes that exporters
 build shape arithmetic of (`STEPS`); wherever one consists of numbers alone, it is a constant.
@@ -17,6 +18,9 @@ import onnx_graphsurgeon as gs
 from onnxcam.canonise.surgery import Names, constant, has, static
 
 Vector = np.ndarray
+
+# Which input of an op is the shape of what it puts out.
+SIZED = {"Expand": 1, "ConstantOfShape": 0}
 
 # A size that is not even a symbol.
 UNKNOWN = "?"
@@ -62,6 +66,43 @@ def _concat(node: gs.Node, args: list[Any]) -> Vector | None:
     return np.concatenate(args) if all(a.ndim == 1 for a in args) else None
 
 
+def _equal(node: gs.Node, args: list[Any]) -> Vector | None:
+    """A size is what it is called and never negative; whether it is some other number is not known."""
+    a, b = np.broadcast_arrays(*args)
+    found = []
+    for x, y in zip(a.flat, b.flat, strict=True):
+        numbers = not isinstance(x, str) and not isinstance(y, str)
+        negative = min([n for n in (x, y) if not isinstance(n, str)], default=0) < 0
+        if not numbers and not negative and (x != y or x == UNKNOWN):
+            return None
+        found.append(bool(x == y))
+    return np.array(found, object).reshape(a.shape)
+
+
+def _where(node: gs.Node, args: list[Any]) -> Vector | None:
+    condition, a, b = np.broadcast_arrays(*args)
+    chosen = [x if c else y for c, x, y in zip(condition.flat, a.flat, b.flat, strict=True)]
+    return np.array(chosen, object).reshape(condition.shape)
+
+
+def _max(node: gs.Node, args: list[Any]) -> Vector | None:
+    """Of a size and a number that is at most 1 the size is the larger: nothing is explained of no image.
+
+    Paddle writes `token.expand([n, -1, -1])` with the larger of the shape and the target.
+    """
+    found = []
+    for values in zip(*(a.flat for a in np.broadcast_arrays(*args)), strict=True):
+        symbols = {v for v in values if isinstance(v, str)}
+        largest = max([v for v in values if not isinstance(v, str)], default=0)
+        if not symbols:
+            found.append(largest)
+        elif len(symbols) == 1 and UNKNOWN not in symbols and largest <= 1:
+            found.append(symbols.pop())
+        else:
+            return None
+    return np.array(found, object).reshape(np.broadcast_shapes(*(a.shape for a in args)))
+
+
 STEPS: dict[str, Callable[[gs.Node, list[Any]], Vector | None]] = {
     "Shape": _shape,
     "Size": _size,
@@ -70,6 +111,9 @@ STEPS: dict[str, Callable[[gs.Node, list[Any]], Vector | None]] = {
     "Squeeze": _flat,
     "Unsqueeze": _flat,
     "Concat": _concat,
+    "Equal": _equal,
+    "Where": _where,
+    "Max": _max,
     "Identity": lambda node, args: args[0],
     "Cast": lambda node, args: args[0] if node.attrs["to"] == onnx.TensorProto.INT64 else None,
 }
@@ -80,12 +124,14 @@ def fold_shapes(graph: gs.Graph, protected: frozenset[str]) -> bool:
     vectors: dict[str, Vector] = {}
     changed = False
     for node in graph.nodes:
-        if node.op in ("Shape", "Size") or any(t.name in vectors for t in node.inputs):
+        if node.outputs and (node.op in ("Shape", "Size") or any(t.name in vectors for t in node.inputs)):
             changed |= _step(node, vectors, protected)
     names = Names(graph, protected)
     for node in graph.nodes:
-        if node.op == "Reshape" and constant(node, 1) is None:
+        if node.op == "Reshape" and node.outputs and constant(node, 1) is None:
             changed |= _settle(node, vectors.get(node.inputs[1].name), names)
+    for node in [n for n in graph.nodes if n.op in SIZED and len(n.inputs) > SIZED[n.op]]:
+        changed |= _spell_out(graph, node, vectors.get(node.inputs[SIZED[node.op]].name), names)
     return changed
 
 
@@ -106,7 +152,7 @@ def _step(node: gs.Node, vectors: dict[str, Vector], protected: frozenset[str]) 
     if not known or output.name in protected or not output.outputs:
         return False
     output.inputs.clear()
-    output.to_constant(vectors[output.name].astype(np.int64))
+    output.to_constant(vectors[output.name].astype(np.bool_ if node.op == "Equal" else np.int64))
     return True
 
 
@@ -132,6 +178,43 @@ def _settle(node: gs.Node, vector: Vector | None, names: Names) -> bool:
     if dims.count(-1) > 1 or any(size == 0 for size in sizes):
         return False
     node.inputs[1] = gs.Constant(names.fresh(f"{node.name}_shape"), np.array(dims, np.int64))
+    return True
+
+
+def _spell_out(graph: gs.Graph, node: gs.Node, vector: Vector | None, names: Names) -> bool:
+    """Join the target of `node` from numbers and the sizes of inputs, which shape inference can follow.
+
+    PyTorch writes `token.expand(n, -1, -1)` with Where and Equal, which it cannot.
+    """
+    target = node.inputs[SIZED[node.op]]
+    if (
+        vector is None
+        or vector.ndim != 1
+        or any(n.op == "Concat" and n.name == f"{node.name}_sizes" for n in target.inputs)
+    ):
+        return False
+    inferred = node.outputs[0].shape or ()
+    told = [d == v or (v == 1 and isinstance(d, (int, np.integer))) for d, v in zip(inferred, vector, strict=False)]
+    if len(inferred) == len(vector) and all(told):
+        return False
+    sources = {d: (t, i) for t in graph.inputs for i, d in enumerate(t.shape or ()) if isinstance(d, str)}
+    if not any(isinstance(v, str) for v in vector) or any(isinstance(v, str) and v not in sources for v in vector):
+        return False
+    parts: list[gs.Tensor] = []
+    for value in vector:
+        if not isinstance(value, str):
+            parts.append(gs.Constant(names.fresh(f"{node.name}_size"), np.array([value], np.int64)))
+            continue
+        tensor, axis = sources[value]
+        whole = gs.Variable(names.fresh(f"{node.name}_shape"), np.int64)
+        size = gs.Variable(names.fresh(f"{node.name}_size"), np.int64)
+        index = gs.Constant(names.fresh(f"{node.name}_axis"), np.array([axis], np.int64))
+        graph.nodes.append(gs.Node("Shape", whole.name, {}, [tensor], [whole]))
+        graph.nodes.append(gs.Node("Gather", size.name, {"axis": 0}, [whole, index], [size]))
+        parts.append(size)
+    joined = gs.Variable(names.fresh(f"{node.name}_sizes"), np.int64)
+    graph.nodes.append(gs.Node("Concat", f"{node.name}_sizes", {"axis": 0}, parts, [joined]))
+    node.inputs[SIZED[node.op]] = joined
     return True
 
 

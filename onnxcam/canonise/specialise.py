@@ -1,14 +1,21 @@
-"""Fix the sizes of the inputs: what the caller says, else what the file says, and a symbol where neither knows."""
+"""Fix the inputs: their sizes by what the caller says, else by what the file says, with a symbol where neither knows;
+those that are settings by their values."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcam.errors import UsageError
 
 
-def specialise(graph: gs.Graph, shapes: dict[str, tuple[int | str, ...]]) -> None:
-    """Set the shapes of the inputs of `graph` and forget every other shape, which may be stale.
+def specialise(
+    graph: gs.Graph, shapes: dict[str, tuple[int | str, ...]], settings: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Set the shapes of the inputs of `graph` and forget every other shape, which may be stale. The inputs in
+    `settings` are inputs no longer, but constants.
 
     Raises:
         UsageError: a name in `shapes` is no input, or a shape contradicts the file's.
@@ -23,7 +30,17 @@ def specialise(graph: gs.Graph, shapes: dict[str, tuple[int | str, ...]]) -> Non
         if given is not None:
             _check(name, declared, given)
         tensor.shape = declared if given is None else list(given)
+    for name, value in (settings or {}).items():
+        inputs[name].to_constant(value.copy())
+        graph.inputs.remove(inputs[name])
     _forget(graph)
+
+
+def drop_foreign_outputs(graph: gs.Graph) -> None:
+    """Take maps and sequences off the outputs: graph surgeon writes every output as a tensor."""
+    graph.outputs = [
+        t for t in graph.outputs if getattr(t, "type", "tensor_type") == "tensor_type" or len(graph.outputs) == 1
+    ]
 
 
 def _size(name: str, axis: int, size: int | str | None) -> int | str:
@@ -49,8 +66,8 @@ def _text(shape: list[int | str] | tuple[int | str, ...]) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
-def _forget(graph: gs.Graph) -> None:
-    inputs = {id(t) for t in graph.inputs}
+def _forget(graph: gs.Graph, outer: frozenset[int] = frozenset()) -> None:
+    inputs = outer | {id(t) for t in graph.inputs}  # which a branch may read as well
     outputs = {id(t) for t in graph.outputs}
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and id(tensor) not in inputs:
@@ -58,4 +75,4 @@ def _forget(graph: gs.Graph) -> None:
             if id(tensor) not in outputs:
                 tensor.dtype = None
     for subgraph in graph.subgraphs():
-        _forget(subgraph)
+        _forget(subgraph, inputs)

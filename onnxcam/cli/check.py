@@ -6,14 +6,15 @@ import argparse
 import json
 from dataclasses import asdict
 
-from onnxcam.cli.options import add_model, load_model
+from onnxcam.cli.options import add_attention, add_model, load_model, say_what_else
 from onnxcam.errors import ModelError
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = commands.add_parser("check", help="can it be explained, and what would it cost?", description=__doc__)
     add_model(p)
-    p.add_argument("--composite", "-c", metavar="C", default="relevance_cam", help="which rules apply")
+    p.add_argument("--composite", "-c", metavar="C", help="which rules apply; by default those of relevance-cam")
+    add_attention(p)
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     p.set_defaults(run=run_check)
 
@@ -24,7 +25,8 @@ def _macs(count: int) -> str:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    found = load_model(arguments).check(arguments.composite)
+    model = load_model(arguments)
+    found = model.check(arguments.composite, arguments.attention)
     problems = found.problems
     if arguments.json:
         print(
@@ -55,6 +57,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     )
     for row in problems:
         say(f"cannot be explained: {row.reason}")
+    say_what_else(model)
     if not problems:
         say("every node on the way can be explained")
     return ModelError.exit_code if problems else 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxcam.cli.options import add_layers, add_method, add_model, add_preprocess, load_model
+from onnxcam.cli.options import add_input, add_layers, add_method, add_model, add_preprocess, load_model, read_inputs
 from onnxcam.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = commands.add_parser("compile", help="the explanation as an ONNX model", description=__doc__)
     add_model(p)
+    add_input(p, "a value to fix for an input that holds for all images, a switch or a prompt: number, .npy, .npz")
     p.add_argument("--out", "-o", metavar="OUT", help="the .onnx file to write")
     p.add_argument(
         "--triton", metavar="DIR", help="write NAME/1/model.onnx and NAME/config.pbtxt into this Triton repository"
@@ -48,6 +49,7 @@ def run_compile(arguments: argparse.Namespace) -> int:
         raise UsageError("say where to write: -o OUT.onnx, or --triton DIR")
     _check_place(arguments.out, arguments.model)
     model = load_model(arguments)
+    inputs = read_inputs(arguments.inputs, model)
     compiled = compile(
         model,
         arguments.layers or ["auto"],
@@ -56,7 +58,9 @@ def run_compile(arguments: argparse.Namespace) -> int:
         method=arguments.method,
         composite=arguments.composite,
         start=arguments.start,
+        attention=arguments.attention,
         size=arguments.size,
+        inputs=inputs,
         upsample=arguments.upsample,
         normalise=arguments.normalise,
     )

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxcam.cli.options import add_layers, add_method, add_model, add_preprocess, load_model
+import numpy as np
+
+from onnxcam.cli.options import add_input, add_layers, add_method, add_model, add_preprocess, load_model, read_inputs
 from onnxcam.engines.session import PROVIDERS
 from onnxcam.errors import UsageError
 from onnxcam.files import check_writable
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 KINDS = ("auto", "positive", "signed", "minmax")
 SHOWN = 20  # images listed in the summary
+TOP = 10  # features listed of an image
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = commands.add_parser("explain", help="where did the model look?", description=__doc__)
     add_model(p)
-    p.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, or folders of them")
+    p.add_argument("images", metavar="IMAGE", nargs="*", help="pictures, or folders of them")
+    add_input(p)
     add_layers(p)
     p.add_argument(
         "--target", "-t", metavar="CLASS|NAME", action="append", dest="targets",
@@ -69,14 +73,19 @@ def run_explain(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out)
     images = find_pictures(arguments.images)
     model = load_model(arguments)
-    with _Progress(len(images)) as progress:
+    inputs = read_inputs(arguments.inputs, model)
+    if images and model.spec.name in inputs:
+        raise UsageError(f"input {model.spec.name!r} is given twice, by IMAGE and by --input: leave one out")
+    with _Progress(len(images) or len(np.atleast_1d(inputs.get(model.spec.name, 0)))) as progress:
         explanation = model.explain(
-            images,
+            images or None,
             arguments.layers or ["auto"],
+            inputs=inputs,
             targets=arguments.targets,
             method=arguments.method,
             composite=arguments.composite,
             start=arguments.start,
+            attention=arguments.attention,
             engine=arguments.engine,
             dtype=arguments.dtype,
             providers=arguments.providers or "cpu",
@@ -171,7 +180,12 @@ def _summary(e: Explanation, written: Sequence[Path]) -> None:
     )
     if len(e.pictures) > SHOWN:
         say(f"... and {len(e.pictures) - SHOWN} more images")
+    for name in e.layers:
+        if e.is_vector(name):
+            _features(e, name)
     say(f"layers: {', '.join(_layer(e, name) for name in e.layers)}")
+    if why := _no_overlay(e):
+        say(f"maps are written as .npy and not drawn: {why}")
     o = e.options
     source = "guessed" if "guess" in e.model.preprocess_source else e.model.preprocess_source  # the warning says why
     preprocess = f"; preprocessing {o['preprocess']} ({source})" if o["preprocess"] else ""
@@ -183,6 +197,29 @@ def _summary(e: Explanation, written: Sequence[Path]) -> None:
         else:
             say(f"conservation: every node hands on what it received, to {residual:.0e} of it")
     say(f"{len(written)} files in {written[-1].parent}")
+
+
+def _features(e: Explanation, name: str) -> None:
+    """The features with the most relevance, for or against."""
+    from onnxcam.cli.tables import print_table, say
+
+    folders = e.folders()
+    rows = []
+    for i in range(min(len(e.pictures), SHOWN)):
+        for t in range(e.targets.shape[1]):
+            for rank, (feature, relevance) in enumerate(e.top_features(name, i, t, TOP)):
+                cells = (folders[i], _class(e, i, t)) if rank == 0 else ("", "")
+                rows.append(((*cells, str(feature), f"{relevance:+.4g}"), ""))
+    say(f"features of {_layer(e, name)}, by relevance:")
+    print_table(("image", "class", "feature", "relevance"), rows, right=("feature", "relevance"))
+
+
+def _no_overlay(e: Explanation) -> str:
+    flat = [name for name, heat in e.maps.items() if heat.ndim != 4]
+    if flat:
+        ranks = sorted({e.maps[name].ndim - 2 for name in flat if not e.is_vector(name)})
+        return f"maps have {' and '.join(map(str, ranks))} dimensions, a picture has 2" if ranks else ""
+    return "" if e.pictures[0].drawable else "the input is an array, not a picture"
 
 
 def _class(e: Explanation, image: int, target: int) -> str:

@@ -3,17 +3,84 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
-from onnxcam.composites import COMPOSITES
+import numpy as np
+
+from onnxcam.composites import ATTENTION, COMPOSITES
+from onnxcam.errors import UsageError
+from onnxcam.input_spec import InputSpec, at_rest
 from onnxcam.methods import METHODS
 from onnxcam.model import Model, load
+from onnxcam.pictures import open_image
 from onnxcam.preprocess import PRESETS, choose
 from onnxcam.starts import STARTS
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an .onnx file")
-    parser.add_argument("--output", metavar="NAME", help="the graph output to explain (default: the first)")
+    parser.add_argument(
+        "--output", metavar="NAME", help="output, or inner tensor of logits, to explain (default: the first output)"
+    )
+
+
+GIVEN = "an array (.npy, .npz), a picture or a number for an input; without NAME for the one that pictures go to"
+
+
+def add_input(parser: argparse.ArgumentParser, about: str = GIVEN) -> None:
+    parser.add_argument(
+        "--input", metavar="[NAME=]FILE", action="append", dest="inputs", default=[], help=f"{about}; repeatable"
+    )
+
+
+def read_inputs(given: Sequence[str], model: Model) -> dict[str, Any]:
+    """What `--input` names, by the model's inputs.
+
+    Raises:
+        UsageError: a file is missing or holds no array, or an input is named twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or (Path(text).exists() and name not in {spec.name for spec in model.inputs}):
+            name, value = "", text
+        for key, array in _arrays(value, name, model.spec.name).items():
+            if key in found:
+                raise UsageError(f"--input {text}: input {key!r} is given twice")
+            found[key] = array
+    return found
+
+
+def _arrays(value: str, name: str, main: str) -> dict[str, Any]:
+    """One value of `--input`: by name, or what an archive calls its arrays."""
+    path = Path(value)
+    if path.suffix.lower() not in (".npy", ".npz"):
+        if value.lower() in ("true", "false"):
+            return {name or main: np.array(value.lower() == "true")}
+        with suppress(ValueError):
+            return {name or main: np.array(float(value))}
+        if path.exists():
+            return {name or main: open_image(value)}
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UsageError(f"--input {value}: no such file, and no number") from None
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UsageError(f"--input {value} cannot be read as an array: {str(error).splitlines()[0]}") from None
+    if isinstance(loaded, np.ndarray):
+        return {name or main: loaded}
+    with loaded:
+        arrays = {key: loaded[key] for key in loaded.files}
+    if len(arrays) == 1:
+        ((key, array),) = arrays.items()
+        return {name or (key if key != "arr_0" else main): array}
+    if name:
+        raise UsageError(f"--input {name}={value} holds {len(arrays)} arrays ({', '.join(arrays)}): one is wanted")
+    return arrays
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +94,14 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", "-m", metavar="M", default="relevance-cam", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--composite", "-c", metavar="C", help=f"one of {', '.join(COMPOSITES)}")
     parser.add_argument("--start", metavar="S", help=f"one of {', '.join(STARTS)}")
+    add_attention(parser)
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention", choices=ATTENTION,
+        help="how relevance passes attention: to the values alone (cp, the default), or to queries and keys as well",
+    )  # fmt: skip
 
 
 def add_preprocess(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +140,22 @@ def load_model(arguments: argparse.Namespace) -> Model:
             chosen, source = chosen.override(**overrides), f"{source}, with flags"
         model.preprocess, model.preprocess_source = chosen, source
     return model
+
+
+def say_what_else(model: Model) -> None:
+    """Print what the model has beside the input and the output that are explained."""
+    from onnxcam.cli.tables import say
+
+    if others := [spec for spec in model.inputs if spec is not model.spec]:
+        say(f"  input {model.spec.name} {model.spec.text}; to be given by --input NAME=FILE.npy: {_listed(others)}")
+    if outputs := [name for name in model.outputs if name != model.output]:
+        say(f"  output {model.output}; others, by --output NAME: {', '.join(outputs)}")
+
+
+def _listed(specs: Sequence[InputSpec]) -> str:
+    """Inputs with their shapes, and the value of those that need not be given."""
+    rest = {spec.name: at_rest(spec) for spec in specs}
+    return ", ".join(f"{s.name} {s.text}" + ("" if (v := rest[s.name]) is None else f" = {v.item()}") for s in specs)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

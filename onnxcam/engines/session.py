@@ -115,6 +115,9 @@ class RuntimeSession:
         chosen, self.notes = available(settings.providers, ort.get_available_providers())
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # As the file means it: integer kernels saturate on some processors, and ONNX Runtime's own rounding of weights
+        # between quantised activations is not the file's. One way to compute also makes all sessions agree.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
         if weights:

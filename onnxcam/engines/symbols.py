@@ -25,6 +25,7 @@ class _Unknown(str):
         raise EngineError("this depends on how many images there are in a batch: fix the batch, or use --engine numpy")
 
     __index__ = __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
+    __sub__ = __rsub__ = __gt__ = __lt__ = __ge__ = __le__ = _refuse
 
 
 BATCH = _Unknown("N")

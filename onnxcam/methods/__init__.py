@@ -15,7 +15,8 @@ class Method:
     """A named combination with the composite and the start it is meant for.
 
     `combine(ops, activation (N, C, *spatial), relevance (T, N, C, *spatial))` returns (T, N, *spatial).
-    `weighs_channels` says that the map is meaningless where activations are negative.
+    `weighs_channels` says that the map is meaningless where activations are negative; `vectors` that the method also
+    explains tensors (N, features), which have no map, by one number for each feature.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Method:
     start: str
     weighs_channels: bool
     about: str
+    vectors: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -37,7 +39,15 @@ METHODS: dict[str, Method] = {
             True,
             "channels weighted by the spatial mean of their relevance (Lee et al. 2021)",
         ),
-        Method("lrp", lrp.combine, "relevance_cam", "contrast", False, "the relevance of a layer, channels summed"),
+        Method(
+            "lrp",
+            lrp.combine,
+            "relevance_cam",
+            "contrast",
+            False,
+            "the relevance of a layer, channels summed; of each feature where there is no map",
+            vectors=True,
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-"""LRP: the relevance of a layer itself, its channels summed."""
+"""LRP: the relevance of a layer itself, its channels summed where it is a map."""
 
 from __future__ import annotations
 
@@ -8,5 +8,7 @@ Array = Any
 
 
 def combine(ops: Any, activation: Array, relevance: Array) -> Array:
-    """sum over channels of R_k: (T, N, C, *spatial) -> (T, N, *spatial)."""
+    """sum over channels of R_k: (T, N, C, *spatial) -> (T, N, *spatial); features (T, N, F) as they are."""
+    if activation.ndim == 2:
+        return relevance
     return ops.sum(relevance, (1 - activation.ndim,))

@@ -126,18 +126,24 @@ def _factors(node: Node, at: At) -> list[tuple[int, float, tuple[float, float]]]
     shape = at.shape(0)
     rank = len(shape)
     axes = [a % rank for a in node.attr("axes") or range(rank)]
-    roi, sizes = np.zeros(0), None
+    roi, scales, sizes = np.zeros(0), None, None
+    policy = node.attr("keep_aspect_ratio_policy", "stretch")
     if node.op_type == "Resize" and node.opset >= 11:
         given = at.host(1)
         roi = roi if given is None else np.asarray(given, np.float64)
-        scales, sizes = at.host(2), at.ints(3)
+        if not node.has(3):
+            scales = at.host(2)
+        elif policy == "stretch":
+            # They are the output's, whatever computes them; the batch, an open axis, stays as it is.
+            sizes = [size if isinstance(size, int) else 1 for size in (at.output_shape()[a] for a in axes)]
+        else:
+            sizes = at.ints(3)
     else:
         scales = at.host(1) if node.has(1) else node.attr("scales")
     if sizes:
         # A symbolic axis, the batch, stays as it is.
         lengths = [shape[a] if isinstance(shape[a], int) else size for a, size in zip(axes, sizes, strict=True)]
         factors = np.asarray(sizes, np.float32) / np.asarray(lengths, np.float32)
-        policy = node.attr("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
             factors[:] = factors.min() if policy == "not_larger" else factors.max()
     else:

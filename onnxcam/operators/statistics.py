@@ -7,7 +7,7 @@ from onnxcam.operators.registry import operator
 STOPS = (
     *("Shape", "Size", "Range", "ConstantOfShape", "Constant", "EyeLike", "NonZero", "OneHot", "NonMaxSuppression"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"),
-    *("ArgMax", "ArgMin", "Hardmax", "Sign", "Mod", "BitShift"),
+    *("ArgMax", "ArgMin", "Hardmax", "Sign", "BitShift"),
     *("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"),
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"),
 )

@@ -105,6 +105,24 @@ def test_a_zero_in_a_target_copies_the_size():
     assert list(graph.outputs[0].shape) == ["b", 2, 12]
 
 
+def test_a_token_expanded_to_the_batch_has_a_known_length():
+    """PyTorch's `token.expand(n, -1, -1)`, older exporter: sizes that stay are written -1 and picked by Where."""
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Gather", ["s", "zero"], ["n"], axis=0),
+        node("Unsqueeze", ["n", "axis0"], ["n1"]),
+        node("Concat", ["n1", "minus", "minus"], ["target"], axis=0),
+        node("Equal", ["target", "stay"], ["same"]),
+        node("Where", ["same", "ones", "target"], ["sizes"]),
+        node("Expand", ["token", "sizes"], ["tokens"]),
+        node("Concat", ["tokens", "x"], ["y"], axis=1),
+    ]
+    more = {"token": normal(1, 1, 4), "stay": np.full(3, -1), "ones": np.ones(3, np.int64)}
+    graph = canonised(model(nodes, {"x": ("b", 3, 4)}, ["y"], INTS | more), sizes={"b": 3}, tolerance=0)
+    assert list(graph.tensors()["tokens"].shape) == ["b", 1, 4]
+    assert list(graph.outputs[0].shape) == ["b", 4, 4]
+
+
 def test_shapes_and_types_of_all_tensors_are_known_also_behind_operators_of_other_domains():
     nodes = [
         node("FusedConv", ["x", "w"], ["c"], domain="com.microsoft", activation="Relu"),
