@@ -171,9 +171,9 @@ def child(job: str, file: Path, column: str, threads: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def process(command: Sequence[str], env: Mapping[str, str]) -> Run:
+def process(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
     def run() -> None:
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(env))
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             raise Skip(f"{command[1:3]} fails: {(done.stderr.strip().splitlines() or [''])[-1]}")
 

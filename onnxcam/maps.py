@@ -116,8 +116,9 @@ class Maps:
 
     def __init__(self, graph: Graph, inputs: Mapping[str, Axes] | None = None):
         self.graph = graph
-        self._positions = self._best(inputs or {})
         self._read: dict[Any, Form | str] = {}
+        self._positions = self._best(inputs or {})
+        self._read = {}
 
     def _best(self, inputs: Mapping[str, Axes]) -> Positions:
         shapes = {name: self.graph.shape(name) or () for name in self.graph.inputs}
@@ -126,16 +127,25 @@ class Maps:
             for first, last in ((2, 0), (1, 1), (1, 0))
         ]
         best: Positions | None = None
+        most = (-1, -1)
         for layout in [one for i, one in enumerate(layouts) if one not in layouts[:i]]:
             layout = self._pictures(layout)
             for batch in (2, 1):
                 found = Positions(self.graph, layout, batch)
                 if found.whole:
                     break
-            if best is None or len(found.placed) > len(best.placed):
-                best = found
+            fits = (self._convolved(found), len(found.placed))
+            if fits > most:
+                best, most = found, fits
         assert best is not None
         return best
+
+    def _convolved(self, positions: Positions) -> int:
+        """How many convolutions have the positions of the map where they slide: a film (N, frames, H, W, 2) taken for
+        channels first has its frames there."""
+        self._positions, self._read = positions, {}
+        inputs = [node.inputs[0] for node in self.graph.nodes if node.op_type == "Conv"]
+        return sum((form := self.form(name)) is not None and form.plain for name in inputs)
 
     def _pictures(self, layout: dict[str, Axes]) -> dict[str, Axes]:
         """The inputs whose positions are those of a map: not what holds for all images of an open batch, a mean that

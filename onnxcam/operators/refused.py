@@ -103,5 +103,5 @@ _BY_REASON: dict[tuple[str, str], str] = {
 }  # fmt: skip
 
 REFUSED: dict[tuple[str, str], str] = {
-    (domain, op): reason for (domain, reason), ops in _BY_REASON.items() for op in ops.split()
+    (domain, op): reason for (domain, reason), listed in _BY_REASON.items() for op in listed.split()
 }

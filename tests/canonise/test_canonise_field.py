@@ -191,3 +191,119 @@ def test_maps_with_channels_last_are_those_with_channels_first(engine, pool):
         b = first.explain(np.ascontiguousarray(x.transpose(0, 3, 1, 2)), layers, [1, 3], method=method, engine=engine)
         (have,), (want,) = a.maps.values(), b.maps.values()
         assert distance(have, want) <= 2e-5, layers
+
+
+# -- Paddle --------------------------------------------------------------------------------------------------------
+
+
+def test_the_target_of_paddles_expand_is_known_but_for_the_batch():
+    """`token.expand([n, -1, -1])` is written as an Expand to the larger of the token's shape and the target."""
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Slice", ["s", "zero", "one"], ["n"]),
+        node("Concat", ["n", "minus", "minus"], ["target"], axis=0),
+        node("Max", ["own", "target"], ["larger"]),
+        node("Expand", ["token", "larger"], ["tokens"]),
+        node("Concat", ["tokens", "x"], ["y"], axis=1),
+    ]
+    constants = {
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "minus": np.array([-1]),
+        "own": np.array([1, 1, 4]),
+        "token": normal(1, 1, 4),
+    }
+    graph = canonised(model(nodes, {"x": ("N", 6, 4)}, ["y"], constants), sizes={"N": 3}, tolerance=0)
+    assert "Max" not in ops(graph)
+    assert list(graph.outputs[0].shape)[1:] == [7, 4]
+
+
+def resized(opset: int = 17) -> onnx.ModelProto:
+    """Pooled, and resized to sizes that are read off the batch: Paddle's and TensorFlow's upsampling."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], "conv"),
+        node("Shape", ["c"], ["s"]),
+        node("Slice", ["s", "zero", "two"], ["nc"]),
+        node("Concat", ["nc", "size"], ["sizes"], axis=0),
+        node(
+            "Resize",
+            ["c", "", "", "sizes"],
+            ["r"],
+            "resize",
+            mode="linear",
+            coordinate_transformation_mode="half_pixel",
+        ),
+        node("GlobalAveragePool", ["r"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("MatMul", ["f", "v"], ["y"]),
+    ]
+    constants = {
+        "w": normal(4, 3, 3, 3),
+        "zero": np.array([0]),
+        "two": np.array([2]),
+        "size": np.array([7, 11]),
+        "v": normal(4, 3),
+    }
+    return model(nodes, {"x": ("N", 3, 6, 6)}, ["y"], constants, opset=opset)
+
+
+def test_resizing_to_sizes_read_off_an_open_batch_is_explained_on_both_engines():
+    """Oracle for the gradient: the network is linear, so it is a difference of logits."""
+    loaded, x = onnxcam.load(resized()), normal(1, 3, 6, 6, seed=3)
+    options = {"method": "lrp", "composite": "gradient", "start": "one-hot"}
+    maps = [loaded.explain(x, ["input"], [1], engine=e, **options).maps["input"][0, 0] for e in ("numpy", "onnx")]
+    assert distance(maps[1], maps[0]) <= 1e-5
+    bumped = x.copy()
+    bumped[0, :, 2, 4] += 1
+    (before,), (after,) = (evaluate(resized(), {"x": value}) for value in (x, bumped))
+    assert abs(maps[0][2, 4] - (after - before)[0, 1]) <= 1e-5
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_film_with_channels_last_has_maps_of_three_axes():
+    """(N, frames, H, W, 2) may as well be 12 channels: the convolution tells."""
+    nodes = [
+        node("Transpose", ["x"], ["first"], perm=[0, 4, 1, 2, 3]),
+        node("Conv", ["first", "w"], ["c"], "conv"),
+        node("Relu", ["c"], ["r"], "relu"),
+        node("GlobalAveragePool", ["r"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("MatMul", ["f", "v"], ["y"]),
+    ]
+    constants = {"w": normal(4, 2, 3, 3, 3), "v": normal(4, 3)}
+    loaded = onnxcam.load(model(nodes, {"x": ("N", 6, 8, 7, 2)}, ["y"], constants))
+    assert [row.spatial for row in loaded.layers()] == [(4, 6, 5)]
+    assert loaded.explain(normal(1, 6, 8, 7, 2), "relu", [0]).maps["relu"].shape == (1, 1, 4, 6, 5)
+
+
+def test_an_input_that_holds_for_all_pictures_is_no_picture():
+    """tf2onnx makes inputs of what Keras computed beforehand: the mean of a Normalization, a table of positions."""
+    nodes = [
+        node("Sub", ["x", "mean"], ["centred"]),
+        node("Transpose", ["centred"], ["first"], **TO_FIRST),
+        node("Conv", ["first", "w"], ["c"], "conv"),
+        node("Relu", ["c"], ["r"], "relu"),
+        node("GlobalAveragePool", ["r"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("MatMul", ["f", "v"], ["y"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 5)}
+    inputs = {"x": ("N", 8, 8, 3), "mean": (1, 1, 1, 3), "unused": (1, 16, 4)}
+    loaded = onnxcam.load(model(nodes, inputs, ["y"], constants))
+    assert [(row.node, row.spatial) for row in loaded.layers()] == [("conv", (6, 6))]
+
+
+def test_a_kept_tensor_between_two_transposes_is_still_on_the_way():
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], "conv"),
+        node("Transpose", ["c"], ["last"], **TO_LAST),
+        node("Transpose", ["last"], ["first"], **TO_FIRST),
+        node("Relu", ["first"], ["y"]),
+    ]
+    proto = model(nodes, {"x": (1, 3, 6, 6)}, ["y"], {"w": normal(4, 3, 3, 3)})
+    assert ops(canonised(proto)) == {"Conv": 1, "Relu": 1}
+    kept = canonised(proto, keep=["last"])
+    (relu,) = [n for n in kept.nodes if n.op == "Relu"]
+    assert relu.inputs[0].inputs[0].inputs[0].name == "last"
