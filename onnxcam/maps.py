@@ -126,14 +126,17 @@ class Maps:
             {name: inputs.get(name, tuple(range(first, len(s) - last))) for name, s in shapes.items()}
             for first, last in ((2, 0), (1, 1), (1, 0))
         ]
+        layouts = [one for i, one in enumerate(layouts) if one not in layouts[:i]]
         best: Positions | None = None
         most = (-1, -1)
-        for layout in [one for i, one in enumerate(layouts) if one not in layouts[:i]]:
+        for layout in layouts:
             layout = self._pictures(layout)
             for batch in (2, 1):
                 found = Positions(self.graph, layout, batch)
                 if found.whole:
                     break
+            if len(layouts) == 1:
+                return found
             fits = (self._convolved(found), len(found.placed))
             if fits > most:
                 best, most = found, fits
@@ -224,12 +227,15 @@ class Maps:
         sizes = [split[i] or 1 for i in varying]
         if any(a.shape[axis] > 1 for a in coordinates):
             return "has other places in each image, so there is no map of it"
+        order = (axis, *channels, *varying)
+        width = prod(split[i] or 1 for i in channels)
+        heads = sum((split[i] or 1) > 1 for i in channels) > 1
+        if order == tuple(range(len(split))) and _is_grid(coordinates, varying) and prod(sizes) > 1:
+            return Form(tuple(split), where, windows, order, None, width, tuple(sizes), heads)
         there = np.stack([_along_only(a, varying, sizes) for a in coordinates], -1)
         there = np.round(there, ROUNDED)
         limits = np.array(self._positions.size)
         inside = ~np.isnan(there).any(-1)
-        order = (axis, *channels, *varying)
-        width = prod(split[i] or 1 for i in channels)
         if not inside.any():
             return "has no place in the picture (a class token), so there is no map of it"
         spread = order == tuple(range(len(split))) and len(varying) == len(limits)
@@ -252,10 +258,16 @@ class Maps:
             return why
         cells = picked[np.argsort(flat)]
         whole = len(cells) == len(there) and bool((np.diff(cells) == 1).all())
-        return Form(
-            tuple(split), where, windows, order, None if whole else tuple(map(int, cells)), width, grid,
-            sum((split[i] or 1) > 1 for i in channels) > 1,
-        )  # fmt: skip
+        kept = None if whole else tuple(map(int, cells))
+        return Form(tuple(split), where, windows, order, kept, width, grid, heads)
+
+
+def _is_grid(coordinates: Sequence[Coordinate], varying: Sequence[int]) -> bool:
+    """True where each coordinate grows along an axis of its own, in order, as those of a map with channels first do."""
+    return len(coordinates) == len(varying) and all(
+        a.size == a.shape[i] > 1 and bool((np.diff(a.ravel()) > 10.0**-ROUNDED).all())
+        for a, i in zip(coordinates, varying, strict=True)
+    )
 
 
 def _of_one_image(a: Coordinate, axis: int, count: int) -> Coordinate:
