@@ -1,0 +1,191 @@
+"""One exported model is explained, step by step; what came of each step is written down before the next begins.
+
+A step ends "ok", "refused" (onnxcam says what it cannot do), or "error" (it does not know that it cannot); who runs the
+worker turns a step that never ended into "timeout" or "crash". Figures are kept, not judged; `coverage_table` judges.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.coverage_export import MODEL, NOTES, REFERENCE, relative
+from benchmarks.coverage_files import first_line, read_json, write_json
+
+ENGINES = ("onnx", "numpy")
+
+
+def explain(folder: Path, result: Path, notes: dict[str, Any], threads: int = 1) -> None:
+    """Explain the model in `folder` by every engine that `notes` name, which go on in `result`."""
+    _Explaining(folder, result, notes, threads).run(notes["engines"])
+
+
+def begun(engines: Sequence[str], code: str) -> dict[str, Any]:
+    """The notes of an explanation that has just begun."""
+    return {
+        "code": code,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "engines": list(engines),
+        "steps": {"load": {"status": "running"}},
+    }
+
+
+class _Explaining:
+    def __init__(self, folder: Path, result: Path, notes: dict[str, Any], threads: int):
+        self.folder, self.result, self.notes, self.threads = folder, result, notes, threads
+        self.model: Any = None
+        self.ops: dict[str, str] = {}
+        self.maps: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        with np.load(folder / REFERENCE) as stored:
+            self.reference = dict(stored)
+        self.target = (read_json(folder / NOTES) or {}).get("target")
+        self.alike = bool(np.ptp(self.reference["logits"]) == 0)
+
+    def run(self, engines: Sequence[str]) -> None:
+        if not self.step("load", self.load):
+            return
+        self.step("check", self.check)
+        self.step("layers", self.layers)
+        for engine in engines:
+            self.step(f"cam/{engine}", lambda engine=engine: self.cam(engine))
+            self.step(f"lrp/{engine}", lambda engine=engine: self.lrp(engine))
+            self.step(f"gradient/{engine}", lambda engine=engine: self.gradient(engine))
+
+    def step(self, name: str, work: Callable[[], dict[str, Any]]) -> bool:
+        from onnxcam.errors import OnnxcamError
+
+        steps = self.notes["steps"]
+        steps[name] = {"status": "running"}
+        write_json(self.result, self.notes)
+        started = time.perf_counter()
+        try:
+            steps[name] = {"status": "ok", **work()}
+        except OnnxcamError as error:
+            steps[name] = {"status": "refused", "message": first_line(error), "op": self.culprit(str(error))}
+        except Exception as error:
+            where = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+            steps[name] = {
+                "status": "error",
+                "message": f"{type(error).__name__}: {first_line(error)}",
+                "op": self.culprit(str(error)),
+                "where": where[-4:],
+            }
+        steps[name]["seconds"] = round(time.perf_counter() - started, 3)
+        write_json(self.result, self.notes)
+        return steps[name]["status"] == "ok"
+
+    def culprit(self, message: str) -> str | None:
+        """The op type of the node that a message names."""
+        if match := re.search(r"no operator for ([\w.]+)", message):
+            return match[1]
+        for name in re.findall(r"node '([^']+)'", message):
+            if name in self.ops:
+                return self.ops[name]
+        return None
+
+    def load(self) -> dict[str, Any]:
+        import onnxcam
+
+        self.model = onnxcam.load(self.folder / MODEL)
+        graph = self.model.canonical(self._size()).graph
+        self.ops = {n.name: n.op_type for n in (*self.model.names.raw.nodes, *graph.nodes)}
+        return {"nodes": len(graph.nodes), "ops": dict(Counter(n.op_type for n in graph.nodes))}
+
+    def _size(self) -> tuple[int, ...]:
+        return tuple(self.reference["x"].shape[2:])
+
+    def check(self) -> dict[str, Any]:
+        """Every node that has no operator, whether or not the steps below get that far."""
+        problems = self.model.check().problems
+        found = Counter((row.op_type, re.sub(r"'[^']*'", "'...'", row.reason or "")) for row in problems)
+        return {"problems": [[op, reason, n] for (op, reason), n in found.most_common()]}
+
+    def layers(self) -> dict[str, Any]:
+        rows = self.model.layers(self._size())
+        return {"layers": len(rows), "suggested": [r.node for r in rows if r.suggested]}
+
+    def cam(self, engine: str) -> dict[str, Any]:
+        return self.compared("cam", engine, self.explained(engine, "suggested"))
+
+    def lrp(self, engine: str) -> dict[str, Any]:
+        found = self.explained(engine, [self.model.spec.name], method="lrp")
+        sums = found.conservation
+        scale = np.maximum(sums.start_magnitude, np.finfo(np.float32).tiny)
+        arrived = next(iter(sums.at_layers.values()))
+        dropped: Counter[str] = Counter()
+        for n in sums.nodes:
+            dropped[n.op_type] += float(np.abs(n.dropped / scale).max())
+        return {
+            "residual": float(np.abs((sums.start - arrived) / scale).max()),
+            "dropped": {op: amount for op, amount in dropped.most_common(4) if amount > 1e-4},
+            **self.compared("lrp", engine, found),
+        }
+
+    def gradient(self, engine: str) -> dict[str, Any]:
+        """The gradient of one logit with respect to every entry of the input, against autograd."""
+        found = self.explained(
+            engine, [self.model.spec.name], method=entries(), composite="gradient", start="one-hot"
+        )  # fmt: skip
+        ours = next(iter(found.maps.values()))[:, 0]
+        figures = {
+            f"torch{bits}": relative(ours, self.reference[f"gradient{bits}"])
+            for bits in ("32", "64")
+            if f"gradient{bits}" in self.reference
+        }
+        figures |= self.compared("gradient", engine, found)
+        if min(figures.get("torch32", 1.0), figures.get("torch64", 1.0)) > 5e-4 and "rounding" not in figures:
+            figures["rounding"] = self.rounding(engine, found.maps)
+        return figures
+
+    def explained(self, engine: str, layers: Any, noise: int = 0, **options: Any) -> Any:
+        target = self.target if self.target is not None else "predicted"
+        if self.alike and "start" not in options:
+            options["start"] = "one-hot"  # logits that are all alike cancel each other in a contrast
+        x = self.reference["x"]
+        if noise:
+            x = (x * (1 + 3e-7 * np.random.default_rng(noise).standard_normal(x.shape))).astype(x.dtype)
+        self.asked = layers, options
+        return self.model.explain(x, layers, target, engine=engine, threads=self.threads, **options)
+
+    def compared(self, what: str, engine: str, found: Any) -> dict[str, Any]:
+        """How far the maps are from those of the engine before: the worst layer's largest difference, relatively.
+
+        Where that is much, also how far a change of the input in its last digits moves them: rules that divide by
+        sums that can be 0 make a map of rounding there, on any engine.
+        """
+        self.maps[what, engine] = found.maps
+        others = [maps for (w, e), maps in self.maps.items() if w == what and e != engine]
+        if not others:
+            return {}
+        figures = {"apart": _apart(found.maps, others[0])}
+        if figures["apart"] > 1e-4:
+            figures["rounding"] = self.rounding(engine, found.maps)
+        return figures
+
+    def rounding(self, engine: str, maps: Mapping[str, np.ndarray]) -> float:
+        """How far the maps of the last question move where the input changes in its last digits."""
+        layers, options = self.asked
+        moved = [self.explained(engine, layers, noise=seed, **options).maps for seed in (1, 2)]
+        return max(_apart(m, maps) for m in moved)
+
+
+def _apart(maps: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
+    return max(
+        float(np.abs(heat - reference[name]).max() / max(np.abs(reference[name]).max(), 1e-30))
+        for name, heat in maps.items()
+    )
+
+
+def entries() -> Any:
+    """A method that sums nothing: what arrives at every entry of a layer."""
+    from onnxcam.methods import Method
+
+    return Method("entries", lambda ops, activation, relevance: relevance, "gradient", "one-hot", False, "entries")
