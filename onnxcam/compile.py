@@ -26,7 +26,7 @@ from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.files import safe_name, write_atomically
 from onnxcam.graph import Graph
-from onnxcam.heads import count_classes
+from onnxcam.heads import before_rounding, count_classes
 from onnxcam.labels import labels_to_metadata
 from onnxcam.layers import Layer
 from onnxcam.methods import Method, method as find_method
@@ -196,6 +196,8 @@ def compile(
     rules = find_composite(composite) if composite else suited(chosen.composite, model.canonical(given).graph)
     rules = rules.with_attention(attention)
     found = model.resolve([layers] if isinstance(layers, str | int) else list(layers), given, chosen.vectors)
+    plain = model.canonical(given)
+    chosen.require(plain.graph, found, plain.logits)
     tensors = list(dict.fromkeys(layer.tensor for layer in found.values()))
     listed = {row.tensor for row in model.layers(given)}
     canonical = model.canonical(given, frozenset(tensors) - listed, rules.fold_batchnorm)
@@ -280,7 +282,8 @@ def record(
     shape = values.shape(canonical.logits)
     relevance = ops.reshape(relevance, shape)
     tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
-    flow = walk(graph, values, {canonical.logits: relevance}, tensors, rules, balance=balances, images=logits.shape[0])
+    begins = {before_rounding(graph, canonical.logits): relevance}
+    flow = walk(graph, values, begins, tensors, rules, balance=balances, images=logits.shape[0])
 
     outputs = [_output(ops, logits, LOGITS), _output(ops, chosen, CLASSES)]
     names: dict[str, str] = {}

@@ -200,6 +200,7 @@ class _Plans:
         if reason := why_no_logits(plain.graph, plain.logits):
             raise ModelError(reason)
         layers = model.resolve(self.typed, given, self.method.vectors)
+        self.method.require(plain.graph, layers, plain.logits)
         tensors = {layer.tensor for layer in layers.values()}
         listed = {row.tensor for row in model.layers(given)}
         canonical = model.canonical(given, frozenset(tensors - listed), self.rules.fold_batchnorm)

@@ -46,6 +46,17 @@ def locate_logits(graph: Graph, output: str) -> tuple[str, str | None]:
     return way[logits], squash
 
 
+def before_rounding(graph: Graph, logits: str) -> str:
+    """The tensor that `logits` are a rounding of, itself where they are none: where relevance begins.
+
+    The range of a rounding was calibrated on what the network puts out, and the logit of the class it predicts lies at
+    the end of it or beyond, where rounding has no derivative at all.
+    """
+    node = graph.producer(logits)
+    rounded = graph.producer(node.inputs[0]) if node is not None and node.op_type == "DequantizeLinear" else None
+    return rounded.inputs[0] if rounded is not None and rounded.op_type == "QuantizeLinear" else logits
+
+
 def _before(graph: Graph, node: Node) -> str | None:
     """What the numbers that `node` puts out were before it; None where it is no part of a head."""
     op = node.op_type

@@ -23,6 +23,7 @@ from onnxcam.engines.reference import ReferenceSession
 from onnxcam.engines.session import RuntimeSession, Settings, first_line
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, NodeBalance
+from onnxcam.heads import before_rounding
 from onnxcam.layers import Layer
 from onnxcam.methods import Method
 from onnxcam.model import Canonical
@@ -99,9 +100,8 @@ class ArrayRunner:
         finite(logits, f"logits ({name!r})")
         classes = classes_of(codes, logits)
         relevance = job.start(logits, classes, job.canonical.squash).reshape(classes.shape[1], *taps[name].shape)
-        flow = propagate(
-            job.canonical.graph, taps, {name: relevance}, job.tensors, job.rules, ops, self._constants, len(logits)
-        )
+        begins = {before_rounding(job.canonical.graph, name): relevance}
+        flow = propagate(job.canonical.graph, taps, begins, job.tensors, job.rules, ops, self._constants, len(logits))
         maps, sums = {}, {}
         for layer_name, layer in job.layers.items():
             if layer.tensor not in flow.relevance:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
+pytest.importorskip("lxt.explicit.functional", reason="pip install --no-deps lxt==2.1")
 from oracles.lxt_vit import AttnLrp, CpLrp, Plain, Transformer, relevance
 from oracles.torch_models import export
 from walking import ENGINES, Walker, canonised, network, relative

@@ -357,3 +357,23 @@ def test_the_suggested_layers_are_those_of_the_float_file(name, assets):
     assert [(r.node.removesuffix("_quant"), r.shape, r.sign) for r in ours] == [
         (r.node, r.shape, r.sign) for r in floats
     ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_logits_at_the_end_of_their_range_have_a_gradient_nevertheless(engine):
+    """Calibration puts the end of the range at the largest logit. Oracle: the same weights without the rounding."""
+    text = """(float[N,3,6,6] x) => (float[?,?] y) {
+        c = Conv(x, w) r = Relu(c) p = GlobalAveragePool(r) f = Flatten(p) z = MatMul(f, d)"""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((5, 3, 3, 3)).astype("f"), "d": rng.standard_normal((5, 4)).astype("f")}
+    rounding = {"s": np.float32(0.001), "q": np.int8(0)}
+    x = np.abs(rng.standard_normal((2, 3, 6, 6))).astype("f")
+    plain = onnxcam.load(network(f"{text} y = Identity(z) }}", **weights))
+    rounded = onnxcam.load(
+        network(f"{text} i = QuantizeLinear(z, s, q) y = DequantizeLinear(i, s, q) }}", **weights, **rounding)
+    )
+    for composite, start in (("gradient", "one-hot"), ("relevance_cam", "contrast")):
+        options = {"method": "lrp", "composite": composite, "start": start, "engine": engine}
+        expected, got = (m.explain(x, "input", [1, 2], **options).maps["input"] for m in (plain, rounded))
+        assert np.abs(expected).max() > 0
+        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())

@@ -70,7 +70,7 @@ def test_the_gradient_of_grid_sample_is_that_of_torch(
 
 
 @pytest.mark.parametrize(
-    "mode, padding, align", product(["bilinear", "nearest"], ["zeros", "border", "reflection"], [0, 1])
+    "mode, padding, align", list(product(["bilinear", "nearest"], ["zeros", "border", "reflection"], [0, 1]))
 )
 def test_grid_sample_reads_what_onnx_runtime_reads(mode: str, padding: str, align: int) -> None:
     """The map that rules see, and its adjoint; before opset 20 modes have other names."""
