@@ -46,10 +46,10 @@ def compile(file: str, column: str, threads: int) -> float:
     wanted = COLUMNS[column]
     start = time.perf_counter()
     model = onnxcam.load(file)
-    proto = compiled(model, wanted)
-    ready = session(proto.SerializeToString(), threads)
+    made = compiled(model, wanted)
+    ready = session(made.to_bytes(), threads)
     seconds = time.perf_counter() - start
-    ready.run(None, feeds(proto, (wanted.batch, model.spec.channels or 3, *model.size)))
+    ready.run(None, feeds(made.proto, (wanted.batch, model.spec.channels or 3, *model.size)))
     return seconds
 
 

@@ -63,10 +63,10 @@ COLUMNS = {
 }
 
 
-def compiled(model: onnxcam.Model, column: Column) -> onnx.ModelProto:
+def compiled(model: onnxcam.Model, column: Column) -> onnxcam.Compiled:
     """The explanation that a column stands for, as a model."""
     layers = [model.spec.name if layer == INPUT else layer for layer in column.layers]
-    return onnxcam.compile(model, layers, slots=column.targets, **column.options).proto
+    return onnxcam.compile(model, layers, slots=column.targets, **column.options)
 
 
 def session(model: bytes | str, threads: int = 2) -> ort.InferenceSession:

@@ -45,7 +45,7 @@ SUBJECTS = {
     "mobilenet_v2": Subject("MobileNet-V2", "mobilenet_v2", "features.18"),
     "googlenet": Subject("GoogLeNet", "googlenet", "inception5b"),
     "resnet152": Subject("ResNet-152", "resnet152", "layer4", stages=True),
-    "vit_b_16": Subject("ViT-B/16", "vit_b_16", None, note="attention is not among the operators yet"),
+    "vit_b_16": Subject("ViT-B/16", "vit_b_16", None),
 }
 
 

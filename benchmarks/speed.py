@@ -77,7 +77,7 @@ class Bench:
         return runner(self.proto, self.shape(batch), self.threads)
 
     def runner(self, column: str) -> Run:
-        return runner(compiled(self.model, COLUMNS[column]), self.shape(), self.threads)
+        return runner(compiled(self.model, COLUMNS[column]).proto, self.shape(), self.threads)
 
     @cached_property
     def macs(self) -> int:
@@ -101,7 +101,7 @@ class Bench:
         column = COLUMNS[name]
         if column.stages and not self.subject.stages:
             raise Skip("only ResNets have four stages")
-        proto = compiled(self.model, column)
+        proto = compiled(self.model, column).proto
         # A batch costs every image the same, and so the plain batch: the bound is that of one image.
         bound = macs(_with_size(proto, self.shape())) / self.macs
         turns = {"plain": self.plain(column.batch), name: runner(proto, self.shape(column.batch), self.threads)}
@@ -135,7 +135,7 @@ class Bench:
             jobs = {"plain": ("plain", self.file, "last")}
             for name in ("last", heavy, "lrp-epsilon-plus"):
                 saved = Path(folder, f"{name}.onnx")
-                onnx.save(compiled(self.model, COLUMNS[name]), saved)
+                compiled(self.model, COLUMNS[name]).save(saved)
                 jobs[name] = ("compile", self.file, name)
                 jobs[f"{name} explain"] = ("explain", self.file, name)
                 jobs[f"{name} file"] = ("plain", saved, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from onnxcam.signs import nonnegative_tensors
 from onnxcam.starts import Start, start as find_start
 from onnxcam.taps import detach
 from onnxcam.targets import Target, target_codes
+from onnxcam.weights import Buffer, pieces
 
 if TYPE_CHECKING:
     from onnxcam.model import Canonical, Model, Size
@@ -134,14 +136,34 @@ class Compiled:
     """An explanation as a model.
 
     Attributes:
-        proto: image in; `logits`, `classes` (those explained) and the maps out.
         maps: layer name to the output that holds its map, (N, T, *spatial).
         notes: what a user should know, an opset that was raised, say.
+        cut: the model without its large weights, and
+        weights: those by name (see `onnxcam.weights`).
     """
 
-    proto: onnx.ModelProto
     maps: dict[str, str]
     notes: list[str]
+    cut: onnx.ModelProto
+    weights: Mapping[str, np.ndarray]
+
+    @cached_property
+    def proto(self) -> onnx.ModelProto:
+        """The model: image in; `logits`, `classes` (those explained) and the maps out."""
+        return onnx.ModelProto.FromString(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What the file holds, for a session, say.
+
+        Raises:
+            ModelError: the model is larger than what one ONNX file holds.
+        """
+        return b"".join(self._pieces())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return sum(len(part) for part in pieces(self.cut.SerializeToString(), self.weights))
 
     def save(self, path: str | Path) -> Path:
         """Write the model; it appears whole or not at all.
@@ -150,9 +172,13 @@ class Compiled:
             UsageError: the place cannot be written to.
             ModelError: the model is larger than what one ONNX file holds.
         """
-        if self.proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        parts = self._pieces()
+        return write_atomically(Path(path), lambda stream: stream.writelines(parts))
+
+    def _pieces(self) -> list[Buffer]:
+        if self.size >= onnx.checker.MAXIMUM_PROTOBUF:
             raise ModelError("the compiled model is larger than 2 GB, which is more than one ONNX file holds")
-        return write_atomically(Path(path), lambda stream: stream.write(self.proto.SerializeToString()))
+        return pieces(self.cut.SerializeToString(), self.weights)
 
 
 def compile(
@@ -236,7 +262,7 @@ def compile(
     proto.producer_name, proto.producer_version = "onnxcam", _version()
     kept = model.metadata | (labels_to_metadata(model.labels) if model.labels else {})
     onnx.helper.set_model_props(proto, {**kept, "onnxcam.preprocess": model.preprocess.to_json(), **metadata})
-    return Compiled(proto, maps, made.notes)
+    return Compiled(maps, made.notes, proto, made.weights)
 
 
 @dataclass(frozen=True)
@@ -265,13 +291,12 @@ def record(
     ranks: int = 1,
     sums: bool = False,
     balances: bool = False,
-    detached: bool = False,
 ) -> Recording:
     """Record forward, start, walk and combination.
 
     `ranks` is how many of the most likely classes targets may ask for. `sums` adds outputs `sum/<layer>`, (N, T): the
     relevance that arrived there. `balances` adds `balance`, (nodes, 3, N, T): what every node received and handed on,
-    and the magnitude of what it received. `detached` leaves the large weights out of the model, beside it.
+    and the magnitude of what it received.
     """
     graph, notes = _raised(canonical.graph)
     surgeon = graph.surgeon.copy()
@@ -315,7 +340,7 @@ def record(
     surgeon.outputs = outputs
     with G_LOGGER.suppress():
         tidy(surgeon, frozenset())
-        weights = detach(surgeon) if detached else {}
+        weights = detach(surgeon)
         proto = gs.export_onnx(surgeon, do_type_check=False)
         forget_unused_domains(proto)
     return Recording(proto, names, notes, [(b.node, b.op_type, b.rule) for b in flow.balances], weights)

@@ -31,6 +31,7 @@ from onnxcam.propagate import needed_taps, per_image, propagate
 from onnxcam.starts import Start
 from onnxcam.taps import expose
 from onnxcam.targets import classes_of
+from onnxcam.weights import pieces
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,15 @@ class RecordedRunner:
     def _load(self, what: Any, count: int, ranks: int) -> tuple[RuntimeSession, dict[str, Any]]:
         key = None if self.disk is None else digest(code_stamp(), self.content, what)
         if self.disk is None or key is None:
-            return self._opened(*self._record(count, ranks, detached=True))
+            return self._opened(*self._record(count, ranks))
         if (path := self.disk.find(key)) is not None:
             try:
                 return self._opened(path)
             except (ModelError, LookupError, ValueError) as error:
                 if path.exists():  # else another process has just removed it
                     self.notes.append(f"{path} cannot be used and is recorded anew: {first_line(error)}")
-        model = self._record(count, ranks)[0].SerializeToString()
+        recorded, weights = self._record(count, ranks)
+        model = b"".join(pieces(recorded.SerializeToString(), weights))
         try:
             self.disk.store(key, model)
         except UsageError as error:
@@ -184,11 +186,11 @@ class RecordedRunner:
         names: dict[str, Any] = json.loads(session.metadata[RECORDING])
         return session, names
 
-    def _record(self, count: int, ranks: int, detached: bool = False) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    def _record(self, count: int, ranks: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
         job = self.job
         made = record(
             job.canonical, job.layers, job.method, job.rules, job.start, count=count, ranks=ranks, sums=True,
-            balances=job.rules.conserves, detached=detached,
+            balances=job.rules.conserves,
         )  # fmt: skip
         graph = made.proto.graph
         names = {

@@ -35,7 +35,7 @@ def save_triton(compiled: Compiled, repository: str | Path, name: str, max_batch
         ModelError: an input or output has a type that Triton does not know.
     """
     name = safe_name(name)
-    text = config(compiled.proto, name, max_batch)
+    text = config(compiled.cut, name, max_batch)
     folder = Path(repository) / name
     model = compiled.save(writable_folder(folder / "1") / "model.onnx")
     return [model, write_atomically(folder / "config.pbtxt", lambda stream: stream.write(text.encode()))]

@@ -45,6 +45,12 @@ def cut(data: Buffer) -> tuple[bytes, dict[str, np.ndarray]]:
     return _without(memoryview(data), (_GRAPH, _INITIALIZER), weights), weights
 
 
+def pieces(data: Buffer, weights: Mapping[str, np.ndarray]) -> list[Buffer]:
+    """The bytes of a cut model made whole again, in pieces, so that no weight is copied to write it."""
+    out = _filled(memoryview(data), (_GRAPH, _INITIALIZER), weights)
+    return [memoryview(data)] if out is None else out
+
+
 def stub(name: str, values: np.ndarray) -> TensorProto:
     """A tensor of that name, type and shape whose data lies elsewhere."""
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
@@ -121,6 +127,35 @@ def _values(tensor: TensorProto, raw: memoryview) -> np.ndarray | None:
         return None  # the checker says what is wrong with it
     # A copy of its own: aligned as the runtime wants it, and safe from a file that changes.
     return np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=True).reshape(tuple(tensor.dims))
+
+
+def _filled(message: memoryview, path: tuple[int, ...], weights: Mapping[str, np.ndarray]) -> list[Buffer] | None:
+    """The message with the stubs along `path` (of fields) given their data back; None if there is none."""
+    parts: list[Buffer] = []
+    kept = 0
+    for field, wire, start, begin, end in _fields(message):
+        if field != path[0] or wire != _BYTES:
+            continue
+        inner = message[begin:end]
+        new = _filled(inner, path[1:], weights) if len(path) > 1 else _given_back(inner, weights)
+        if new is not None:
+            length = sum(len(part) for part in new)
+            parts += [message[kept:start], _varint(field << 3 | _BYTES), _varint(length), *new]
+            kept = end
+    return [*parts, message[kept:]] if parts else None
+
+
+def _given_back(message: memoryview, weights: Mapping[str, np.ndarray]) -> list[Buffer] | None:
+    """The tensor of a stub, its data last."""
+    if len(message) >= LARGE:
+        return None
+    tensor = TensorProto.FromString(bytes(message))
+    if not is_stub(tensor) or tensor.name not in weights:
+        return None
+    values = weights[tensor.name]
+    raw = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    head = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    return [head.SerializeToString(), _varint(_RAW_DATA << 3 | _BYTES), _varint(raw.nbytes), raw.data]
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int, int, int]]:

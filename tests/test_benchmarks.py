@@ -72,19 +72,19 @@ def test_the_plain_model_has_the_multiply_adds_that_check_counts(file):
 
 def test_a_compiled_model_has_more_multiply_adds_the_deeper_it_explains(file):
     model = load(file)
-    last, deep = (macs(compiled(model, COLUMNS[name])) for name in ("last", "lrp-epsilon-plus"))
+    last, deep = (macs(compiled(model, COLUMNS[name]).proto) for name in ("last", "lrp-epsilon-plus"))
     assert model.check().macs < last < deep
 
 
 def test_feeds_fill_every_input(file):
-    proto = compiled(load(file), COLUMNS["targets5"])
+    proto = compiled(load(file), COLUMNS["targets5"]).proto
     given = feeds(proto, (2, 3, 16, 16))
     assert [x.shape for x in given.values()] == [(2, 3, 16, 16), (2, 5)]
     assert (given["targets"] == -1).all()
 
 
 def test_the_profile_tells_the_users_nodes_from_recorded_ones(file):
-    proto = compiled(load(file), COLUMNS["suggested"])
+    proto = compiled(load(file), COLUMNS["suggested"]).proto
     nodes = profile.profile(proto.SerializeToString(), feeds(proto, (1, 3, 16, 16)), 2)
     assert {n.part for n in nodes} >= {"user", "recorded"}
     assert sum(n.macs for n in nodes if n.part == "user") == load(file).check().macs

@@ -96,15 +96,15 @@ def _count(text: str) -> int:
 def _summary(compiled: Compiled, written: Sequence[Path], before: int) -> None:
     from onnxcam.cli.tables import print_table, say
 
-    graph = compiled.proto.graph
+    graph = compiled.cut.graph
     layers = {output: layer for layer, output in compiled.maps.items()}
     rows = [("input", v, "") for v in graph.input] + [("output", v, layers.get(v.name, "")) for v in graph.output]
     print_table(
         ("", "name", "type", "shape", "layer"),
         [((side, v.name, _type(v), _shape(v), layer), "") for side, v, layer in rows],
     )
-    opset = next(o.version for o in compiled.proto.opset_import if o.domain in ("", "ai.onnx"))
-    size = compiled.proto.ByteSize()
+    opset = next(o.version for o in compiled.cut.opset_import if o.domain in ("", "ai.onnx"))
+    size = compiled.size
     # Where the model's weights lie in files of their own, its size says nothing.
     growth = f" ({size / before - 1:+.1%} to the model's)" if size < 2 * before else ""
     say(f"opset {opset}, {len(graph.node)} nodes, {size / 2**20:.1f} MiB{growth}")
