@@ -164,14 +164,14 @@ def main() -> None:
     model = onnxcam.load(file_of(args.model, args.cache))
     feeds = {model.spec.name: picture((args.batch, model.spec.channels or 3, *model.size))}
     if args.plain:
-        proto = model._read.proto
+        data = file_of(args.model, args.cache).read_bytes()
     else:
         layers = [model.spec.name if layer == "input" else layer for layer in args.layers or ["auto"]]
         method = args.method or ("lrp" if model.spec.name in layers else "relevance-cam")
         composite = epsilon_everywhere() if args.composite == "epsilon" else args.composite
-        proto = onnxcam.compile(model, layers, slots=args.targets, method=method, composite=composite).proto
+        data = onnxcam.compile(model, layers, slots=args.targets, method=method, composite=composite).to_bytes()
         feeds["targets"] = np.full((args.batch, args.targets), -1)
-    print(report(profile(proto.SerializeToString(), feeds, args.runs, args.threads, args.level), args.top))
+    print(report(profile(data, feeds, args.runs, args.threads, args.level), args.top))
 
 
 if __name__ == "__main__":
