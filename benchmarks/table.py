@@ -33,8 +33,8 @@ HOW = """\
 
 Written by `python -m benchmarks.speed -o docs/speed.md`. A ratio is a time divided by that of plain ONNX Runtime
 inference of the same file; the two, and onnxcam at the same job where a peer is compared, take turns in one process
-({runs} turns, {statistic}s, {threads} threads). Weights are random and seeded but for the shipped EfficientNet-Lite0;
-the input is one 224x224 picture.
+({runs} turns, {statistic}s, {threads} threads), with a pause before each run, as the threads of whoever ran before go on
+spinning. Weights are random and seeded but for the shipped EfficientNet-Lite0; the input is one 224x224 picture.
 
 {machine}
 """
@@ -52,6 +52,8 @@ Same weights, same picture, same number of threads. `onnxcam` is what it takes f
 the last column how many times as long the peer takes. "Agreement" is the correlation of the two relevance maps; zennit
 does not know how residual additions of other models than ResNets share. Gradients in PyTorch are compared as users run
 them, beside what PyTorch takes for inference alone. PyTorch's threads wait passively, which is to its advantage here.
+A map of the last layer costs hardly more than inference, in either runtime: how many times as long Grad-CAM takes there
+is how many times as long PyTorch's inference takes as ONNX Runtime's.
 """
 
 START_HEAD = """

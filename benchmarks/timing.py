@@ -9,6 +9,8 @@ from statistics import median
 from typing import Any
 
 Run = Callable[[], Any]
+# Threads of a runtime go on spinning for a while after a run; whoever comes next would share the cores with them.
+PAUSE = 0.15  # seconds before each run
 
 
 class Skip(Exception):
@@ -26,6 +28,7 @@ def alternate(contenders: Mapping[str, Run], rounds: int, *, warm: bool = True) 
     try:
         for _ in range(rounds):
             for name, run in contenders.items():
+                time.sleep(PAUSE)
                 start = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - start)
