@@ -33,8 +33,8 @@ HOW = """\
 
 Written by `python -m benchmarks.speed -o docs/speed.md`. A ratio is a time divided by that of plain ONNX Runtime
 inference of the same file; the two, and onnxcam at the same job where a peer is compared, take turns in one process
-({runs} turns, {statistic}s, {threads} threads), with a pause before each run, as the threads of whoever ran before go on
-spinning. Weights are random and seeded but for the shipped EfficientNet-Lite0; the input is one 224x224 picture.
+({runs} turns, {statistic}s, {threads} threads), with a pause before each run, as the threads of whoever ran before go
+on spinning. Weights are random and seeded but for the shipped EfficientNet-Lite0; the input is one 224x224 picture.
 
 {machine}
 """
