@@ -523,7 +523,7 @@ SLOWLY = """
 import sys, time
 from onnxcam import cli, explanation
 write = explanation.write_atomically
-explanation.write_atomically = lambda *a: (write(*a), time.sleep(0.1))[0]
+explanation.write_atomically = lambda *a: (write(*a), time.sleep(30 if a[0].suffix == '.png' else 0))[0]
 sys.exit(cli.main(sys.argv[1:]))
 """
 
