@@ -163,7 +163,7 @@ class Compiled:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return sum(len(part) for part in pieces(self.cut.SerializeToString(), self.weights))
+        return _length(pieces(self.cut.SerializeToString(), self.weights))
 
     def save(self, path: str | Path) -> Path:
         """Write the model; it appears whole or not at all.
@@ -176,9 +176,14 @@ class Compiled:
         return write_atomically(Path(path), lambda stream: stream.writelines(parts))
 
     def _pieces(self) -> list[Buffer]:
-        if self.size >= onnx.checker.MAXIMUM_PROTOBUF:
+        parts = pieces(self.cut.SerializeToString(), self.weights)
+        if _length(parts) >= onnx.checker.MAXIMUM_PROTOBUF:
             raise ModelError("the compiled model is larger than 2 GB, which is more than one ONNX file holds")
-        return pieces(self.cut.SerializeToString(), self.weights)
+        return parts
+
+
+def _length(parts: Sequence[Buffer]) -> int:
+    return sum(len(part) for part in parts)
 
 
 def compile(

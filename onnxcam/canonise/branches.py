@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from onnxcam.canonise.names import unique
-from onnxcam.canonise.surgery import constant, detach
+from onnxcam.canonise.surgery import constant, detach, put_for
 
 
 def take_branches(graph: gs.Graph, protected: frozenset[str]) -> bool:
@@ -37,7 +37,6 @@ def take_known(graph: gs.Graph, protected: frozenset[str], conditions: Mapping[s
 
 def _inline(graph: gs.Graph, node: gs.Node, condition: bool) -> None:
     branch: gs.Graph = node.attrs["then_branch" if condition else "else_branch"]
-    place = next(i for i, other in enumerate(graph.nodes) if other is node)
     outputs = list(node.outputs)
     detach(node)
     _rename(graph, branch)
@@ -52,7 +51,7 @@ def _inline(graph: gs.Graph, node: gs.Node, condition: bool) -> None:
             # A constant, a tensor from outside, or one that the branch hands out twice.
             source = inner if id(inner) not in renamed else outputs[_first(branch.outputs, inner)]
             nodes.append(gs.Node("Identity", f"{node.name}_{output.name}", {}, [source], [output]))
-    graph.nodes[place : place + 1] = nodes
+    put_for(graph, node, nodes)
 
 
 def _first(tensors: list[gs.Tensor], wanted: gs.Tensor) -> int:

@@ -13,7 +13,7 @@ from string import ascii_letters
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcam.canonise.surgery import Names, detach
+from onnxcam.canonise.surgery import Names, detach, put_for
 
 Size = int | str | None
 
@@ -68,9 +68,8 @@ def lower_einsum(graph: gs.Graph, protected: frozenset[str]) -> bool:
         parsed = parse(str(node.attrs["equation"]), [len(shape) for shape in shapes])
         nodes = parsed and _Writer(node, names, graph.opset).write(*parsed)
         if nodes:
-            place = next(i for i, other in enumerate(graph.nodes) if other is node)
             detach(node)
-            graph.nodes[place : place + 1] = nodes
+            put_for(graph, node, nodes)
             changed = True
     return changed
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcam.canonise.surgery import Names, constant, detach, has
+from onnxcam.canonise.surgery import Names, constant, detach, has, put_for
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 DEFAULTS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
@@ -28,9 +28,8 @@ def unroll(graph: gs.Graph, protected: frozenset[str]) -> bool:
     for node in [n for n in graph.nodes if n.op in GATES and n.outputs and graph.opset >= 13]:
         if why_rolled(node) is None:
             nodes = _Unroller(node, names).write()
-            place = next(i for i, other in enumerate(graph.nodes) if other is node)
             detach(node)
-            graph.nodes[place : place + 1] = nodes
+            put_for(graph, node, nodes)
             changed = True
     return changed
 

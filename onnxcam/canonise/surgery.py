@@ -89,6 +89,12 @@ def detach(node: gs.Node) -> None:
     node.outputs.clear()
 
 
+def put_for(graph: gs.Graph, node: gs.Node, nodes: Collection[gs.Node]) -> None:
+    """Put `nodes` where `node` stands in the order of the graph; by identity, as nodes that look alike are equal."""
+    place = next(i for i, other in enumerate(graph.nodes) if other is node)
+    graph.nodes[place : place + 1] = nodes
+
+
 def set_constant(node: gs.Node, i: int, values: np.ndarray, name: str, names: Names) -> None:
     """Make `values` the `i`-th input of `node`, under the name of the constant it replaces where no other node reads
     that.

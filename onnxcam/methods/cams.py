@@ -14,7 +14,7 @@ from onnxcam.operators import lookup
 from onnxcam.operators.kinds import Averaging, Linear, Operator
 
 Array = Any
-WANTED = "a global average and one dense layer must follow it (grad-cam is the same there, and defined everywhere)"
+WANTED = "a global average and one dense layer must follow it (grad-cam is its like, defined everywhere)"
 
 
 def _cells(activation: Array) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcam.canonise.names import unique
-from onnxcam.canonise.surgery import Names, constant, detach, has
+from onnxcam.canonise.surgery import Names, constant, detach, has, put_for
 
 # What a score is lowered to where attention must not go: exp of it is 0, and sums with it stay finite.
 LOWEST = {"float16": -6e4, "float32": -1e30, "float64": -1e30}
@@ -212,7 +212,6 @@ class Body:
                 tensors[id(result)] = output
             else:
                 identities.append((result, output))
-        place = next(i for i, other in enumerate(graph.nodes) if other is node)
         taken = {other.name for other in graph.nodes if other is not node}
         bearer = self._bearer(results[0])
         detach(node)
@@ -240,7 +239,7 @@ class Body:
             name = unique(f"{node.name}/{output.name}", taken)
             taken.add(name)
             new.append(gs.Node("Identity", name, {}, [tensor(result)], [output]))
-        graph.nodes[place : place + 1] = new
+        put_for(graph, node, new)
 
     def _bearer(self, result: Operand) -> Operand:
         while id(result) in self._before and isinstance(self._before[id(result)], Made):
