@@ -47,7 +47,7 @@ def quotient(ops: Any, r: Array, z: Array, eps: float, sign: int = 0) -> Array:
     if sign:
         return r / (z + sign * max(eps, ops.tiny))
     if eps:
-        return r / ops.stabilised(z, eps)
+        return ops.stable_quotient(r, z, eps)
     alive = ops.abs(z) > ops.tiny
     return ops.where(alive, r / ops.where(alive, z, 1.0), 0.0)
 

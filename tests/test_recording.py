@@ -5,6 +5,7 @@ Oracle for what can: the array engine in float64, 1e-12.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from walking import RecordedWalk, Walker, as_written, network, relative
 
 from onnxcam.composites import COMPOSITES
 from onnxcam.errors import ModelError
+from onnxcam.rules import Epsilon, Proportional
 
 GRADIENT = COMPOSITES["gradient"]
 
@@ -95,3 +97,60 @@ def test_a_pool_whose_shape_onnx_gets_wrong_is_refused_and_not_explained_wrongly
         else:
             with pytest.raises(ModelError, match=r"node 'y'.*\(2, 3\).*\(2, 2\).*--engine numpy"):
                 RecordedWalk(graph, {"y": (1, 1, 4, 2, 3)}, ["x"], GRADIENT)
+
+
+# -- quotients in fewer steps, where the graph tells that relevance vanishes with what it is divided by --------------
+
+EPSILON = replace(
+    COMPOSITES["epsilon_plus"],
+    rules={
+        **COMPOSITES["epsilon_plus"].rules,
+        "linear": Epsilon(0.5),
+        "averaging": Epsilon(0.5),
+        "additive": Proportional(0.5),
+    },
+    by_op={},
+)
+SIGNED = "h = Conv<pads=[1,1,1,1]>(x, w) "
+BEHIND = {
+    "a rectifier": (SIGNED + "a = Relu(h) y = Conv(a, v)", False),
+    "a rectifier with a ceiling": (SIGNED + "a = Clip(h, zero, one) y = Conv(a, v)", False),
+    "a sum and a rectifier": (SIGNED + "s = Add(h, x) a = Relu(s) y = Conv(a, v)", False),
+    "nothing": (SIGNED + "y = Conv(h, v)", False),
+    "a rectifier that somebody else sees past": (
+        SIGNED + "a = Relu(h) k = Conv(a, v) l = Conv(h, v) y = Add(k, l)",
+        True,
+    ),
+    "a ceiling alone": (SIGNED + "a = Clip(h, low, one) y = Conv(a, v)", True),
+    "a leaking rectifier": (SIGNED + "a = LeakyRelu(h) y = Conv(a, v)", True),
+}
+
+
+@pytest.mark.parametrize("what", BEHIND)
+@pytest.mark.parametrize("targets", [1, 3])
+def test_a_stabilised_quotient_behind(what: str, targets: int) -> None:
+    """An eps of the size of the values, and sums that are exactly 0, so that a wrong short cut shows; and it is taken
+    where it may be: no sign is computed."""
+    body, general = BEHIND[what]
+    rng = np.random.default_rng(3)
+    weights = {"w": rng.integers(-1, 2, (4, 4, 3, 3)), "v": rng.integers(-2, 3, (2, 4, 1, 1))}
+    graph = as_written(
+        network(
+            f"(float[N,4,5,6] x) => (float y) {{ {body} }}",
+            **{name: w.astype(np.float32) for name, w in weights.items()},
+            zero=np.float32(0),
+            one=np.float32(1),
+            low=np.float32(-1),
+        )
+    )
+    x = rng.integers(-1, 2, (2, 4, 5, 6)).astype(np.float32)
+    walker = Walker(graph, ["x"], "y")
+    values = walker.forward({"x": x})
+    assert (values["h"] == 0).mean() > 0.05
+    start = rng.standard_normal((targets, *values["y"].shape))
+    want = walker.back(values, start, EPSILON)["x"]
+    recorded = RecordedWalk(graph, {"y": start.shape}, ["x"], EPSILON)
+    assert relative(recorded(values, {"y": start}).relevance["x"], want) <= 1e-12
+    signs = [n for n in recorded.proto.graph.node if n.op_type == "Clip" and n.name.startswith("onnxcam/")]
+    # The quotient at the output always needs the sign.
+    assert (len(signs) > 1) == general

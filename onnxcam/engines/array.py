@@ -63,9 +63,9 @@ class ArrayOps(Places):
     def where(self, condition: Array, a: Array | float, b: Array | float) -> Array:
         return self.xp.where(condition, self._lift(a), self._lift(b))
 
-    def stabilised(self, z: Array, eps: float) -> Array:
-        """z pushed away from zero by `eps` in its own direction; sign(0) = +1."""
-        return z + self.where(z < 0, -eps, eps)
+    def stable_quotient(self, r: Array, z: Array, eps: float) -> Array:
+        """r / z, with z pushed away from zero by `eps` in its own direction; sign(0) = +1."""
+        return r / (z + self.where(z < 0, -eps, eps))
 
     def positive(self, x: Array) -> Array:
         return self.where(x > 0, x, 0.0)

@@ -46,8 +46,8 @@ class RecorderOps(Recorder):
         unit = all(s == 1 for s in window.strides)
         if unit and (group == 1 or (w.shape[1] == 1 and w.shape[0] == group)):
             y = self._conv_adjoint_as_conv(folded, w, window, shape, group, positive)
-        elif self._has_phases(window, group):
-            y = self._conv_adjoint_by_phases(folded, w, window, shape, positive)
+        elif group == 1 and window.kernel == (1, 1):
+            y = self._conv_adjoint_by_cells(folded, w, window, shape, positive)
         else:
             # The pads that a stride leaves uncovered at the end come back as output padding (spec 3.0).
             extra = [
@@ -106,69 +106,26 @@ class RecorderOps(Recorder):
             y = self.slice(y, i - n, start, start + int(shape[i - n]))
         return y
 
-    @staticmethod
-    def _has_phases(window: Window, group: int) -> bool:
-        """Dense, over pictures, equal strides, no dilation, no empty phase: what DepthToSpace can put together."""
-        plain = window.rank == 2 and group == 1 and len(set(window.strides)) == 1 and set(window.dilations) == {1}
-        return plain and (set(window.kernel) == {1} or min(window.kernel) >= window.strides[0])
-
-    def _conv_adjoint_by_phases(self, r: Symbol, w: Symbol, window: Window, shape: Shape, positive: bool) -> Symbol:
-        """Stride s: the cells of the input fall into s x s phases, and each phase sees its own part of the kernel, so
-        that s*s small Convs and DepthToSpace take the place of ConvTranspose, which runtimes are slow at. Cell
-        i = p s + f - begin gets the sum over t of W[t s + f] r[p - t].
-        """
-        s = window.strides[0]
-        c = int(w.shape[1])
-        size = tuple(int(n) for n in shape[-2:])
-        if set(window.kernel) == {1}:
-            below = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
-            y = self._conv_adjoint_as_conv(r, w, below, (*shape[:-2], *r.shape[-2:]), 1, positive)
-            y = self._spread(y, s)
-        else:
-            cells = [-(-(b + n) // s) for b, n in zip(window.begin, size, strict=True)]
-            phases = [
-                self._phase(r, w, window.kernel, (i, j), s, cells, (*shape[:-3], c), positive)
-                for i in range(s)
-                for j in range(s)
-            ]
-            y = self.record(
-                "DepthToSpace", [self.concat(phases, -3)], (*shape[:-2], cells[0] * s, cells[1] * s), bare=r.bare,
-                positive=positive, blocksize=s, mode="DCR",
-            )  # fmt: skip
+    def _conv_adjoint_by_cells(self, r: Symbol, w: Symbol, window: Window, shape: Shape, positive: bool) -> Symbol:
+        """Kernel 1x1 and a stride: a Conv where there is relevance, spread over the cells that were looked at."""
+        below = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
+        y = self._conv_adjoint_as_conv(r, w, below, (*shape[:-2], *r.shape[-2:]), 1, positive)
+        y = self._spread(y, window.strides)
         for i in (-2, -1):
-            begin, have = window.begin[i], int(y.shape[i])
-            if begin or have > size[i]:
-                y = self.slice(y, i, begin, min(begin + size[i], have))
-            y = self._padded(y, i, 0, size[i] - int(y.shape[i]), replaced(y.shape, i, size[i]))
+            begin, have, size = window.begin[i], int(y.shape[i]), int(shape[i])
+            if begin or have > size:
+                y = self.slice(y, i, begin, min(begin + size, have))
+            y = self._padded(y, i, 0, size - int(y.shape[i]), replaced(y.shape, i, size))
         return y
 
-    def _phase(
-        self, r: Symbol, w: Symbol, kernel: Sequence[int], phase: tuple[int, int], s: int, cells: Sequence[int],
-        lead: Shape, positive: bool,
-    ) -> Symbol:  # fmt: skip
-        """The cells of one phase: a Conv of `r` with every s-th tap of the kernel, turned round."""
-        last = [f + (k - 1 - f) // s * s for f, k in zip(phase, kernel, strict=True)]
-        taps = [len(range(f, k, s)) for f, k in zip(phase, kernel, strict=True)]
-        bounds = [np.array(v, np.int64) for v in (last, [-(2**31)] * 2, [2, 3], [-s] * 2)]
-        turned = self.record("Slice", [w, *bounds], (*w.shape[:2], *taps), positive=w.positive)
-        swapped = (w.shape[1], w.shape[0], *taps)
-        turned = self.record("Transpose", [turned], swapped, positive=w.positive, perm=[1, 0, 2, 3])
-        behind = [n - int(have) for n, have in zip(cells, r.shape[-2:], strict=True)]
-        wide = tuple(max(n, int(have)) for n, have in zip(cells, r.shape[-2:], strict=True))
-        y = self.record(
-            "Conv", [r, turned], (*lead, *wide), bare=r.bare, positive=positive, group=1, kernel_shape=taps,
-            strides=[1, 1], dilations=[1, 1], pads=[*(n - 1 for n in taps), *(max(n, 0) for n in behind)],
-        )  # fmt: skip
-        for axis, n in ((-2, cells[0]), (-1, cells[1])):
-            y = self.slice(y, axis, 0, n)
-        return y
-
-    def _spread(self, y: Symbol, s: int) -> Symbol:
-        """Put s - 1 zeros behind every cell of the last two axes: by far the quickest as a ConvTranspose of ones."""
+    def _spread(self, y: Symbol, strides: Sequence[int]) -> Symbol:
+        """Put zeros behind every cell of the last two axes: by far the quickest as a ConvTranspose of ones."""
         c, h, w = (int(n) for n in y.shape[-3:])
+        down, right = strides
         return self.record(
-            "ConvTranspose", [y, np.ones((c, 1, 1, 1), np.float32)], (*y.shape[:-2], h * s, w * s), bare=y.bare,
-            positive=y.positive, group=c, kernel_shape=[1, 1], strides=[s, s], output_padding=[s - 1, s - 1],
+            "ConvTranspose", [y, np.ones((c, 1, 1, 1), np.float32)], (*y.shape[:-2], h * down, w * right),
+            bare=y.bare, positive=y.positive, group=c, kernel_shape=[1, 1], strides=[down, right],
+            output_padding=[down - 1, right - 1],
         )  # fmt: skip
 
     def conv_weight_adjoint(

@@ -29,6 +29,7 @@ class Recorder(RecordedPlaces):
         self.graph = graph
         self._count = 0
         self._constants: dict[Any, gs.Constant] = {}
+        self._biases: dict[tuple[str, int, int], Symbol] = {}
         self._taken = set(graph.tensors())
 
     # -- recording -----------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ class Recorder(RecordedPlaces):
 
     def tap(self, tensor: gs.Tensor, shape: Shape, positive: bool) -> Symbol:
         """A tensor of the user's graph as an array of float32."""
-        symbol = Symbol(self, tensor, shape, positive=positive)
+        symbol = Symbol(self, tensor, shape, positive=positive, zeros=frozenset([tensor.name]))
         if tensor.dtype is not None and np.dtype(tensor.dtype) != np.float32:
             return self.record("Cast", [symbol], shape, positive=positive, to=1)
         return symbol
@@ -74,18 +75,55 @@ class Recorder(RecordedPlaces):
         return self.record(op, [x], x.shape, bare=x.bare, positive=positive, **attrs)
 
     def binary(self, op: str, a: Any, b: Any, dtype: Any = np.float32) -> Symbol:
-        a, b = self._lift(a), self._lift(b)
+        if op == "Mul" and isinstance(b, int | float) and b == 1:
+            return a
+        a, b = self._lift(a), self._as_bias(b, a) if op == "Add" else self._lift(b)
         shape = broadcast_shapes(a.shape, b.shape)
         # Where only one side has left its axis of targets out, the other must not have one that it keeps.
         bare = a.bare or b.bare
         positive = op in ("Add", "Mul", "Div") and a.positive and b.positive
-        return self.record(op, [a, b], shape, bare=bare, positive=positive, dtype=dtype)
+        made = self.record(op, [a, b], shape, bare=bare, positive=positive, dtype=dtype)
+        if op == "Mul":
+            made.zeros, made.factors = a.zeros | b.zeros, (a, b)
+            self._state_shape(made)
+        elif op in ("Add", "Sub", "Div"):
+            made.zeros = a.zeros if op == "Div" else a.zeros & b.zeros
+        return made
 
     def _lift(self, value: Any) -> Symbol:
         if isinstance(value, Symbol):
             return value
         array = np.asarray(value, np.float32)
         return Symbol(self, self.constant(array), array.shape, positive=bool((array >= 0).all()))
+
+    def _as_bias(self, value: Any, summand: Any) -> Symbol:
+        """What is added, in the form of a bias where it is a number and the summand a Conv's: ONNX Runtime then makes
+        it the Conv's own."""
+        number = self._lift(value)
+        if number.shape or summand.bare or not summand.tensor.inputs or summand.tensor.inputs[0].op != "Conv":
+            return number
+        rank = len(summand.tensor.inputs[0].attrs.get("kernel_shape", ()))
+        channels = summand.shape[-rank - 1]
+        if not rank or not isinstance(channels, int):
+            return number
+        key = (number.tensor.name, channels, rank)
+        if key not in self._biases:
+            shape = (channels, *(1,) * rank)
+            self._biases[key] = self.record(
+                "Expand", [number, np.array(shape, np.int64)], shape, positive=number.positive
+            )
+        return self._biases[key]
+
+    def _state_shape(self, product: Symbol) -> None:
+        """Say in the file that a product has the shape of the user's tensor in it, where it has.
+
+        ONNX Runtime multiplies in the layout of its convolutions where it sees that two shapes are one, and does not
+        find out by itself behind a Reshape, where the batch is open.
+        """
+        for factor in product.factors:
+            stated, shape = factor.tensor.shape, product.shape[product.bare :]
+            if factor.zeros and stated and factor.shape == shape and all(stated):
+                product.tensor.shape = list(stated)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -118,12 +156,41 @@ class Recorder(RecordedPlaces):
         a, b = self._lift(a), self._lift(b)
         shape = broadcast_shapes(broadcast_shapes(condition.shape, a.shape), b.shape)
         bare = condition.bare or a.bare or b.bare
-        return self.record("Where", [condition, a, b], shape, bare=bare, positive=a.positive and b.positive)
+        made = self.record("Where", [condition, a, b], shape, bare=bare, positive=a.positive and b.positive)
+        parts = [x.zeros for x in (a, b) if not _is_zero(x.tensor)]
+        made.zeros = frozenset.intersection(*parts) if parts else frozenset()
+        return made
 
-    def stabilised(self, z: Symbol, eps: float) -> Symbol:
-        """z + eps sign(z), sign(0) = +1. A scaled Clip has the sign at half the cost of Less and Where."""
+    def stable_quotient(self, r: Symbol, z: Symbol, eps: float) -> Symbol:
+        """r / (z + eps sign(z)), sign(0) = +1, in as few steps as what is known of `r` and `z` allows.
+
+        Relevance that was recorded as z s gives s |z| / (|z| + eps). Where `r` is 0 wherever z is not positive, as
+        behind a rectifier, z may be replaced by its positive part. Else a scaled Clip has the sign at half the cost of
+        Less and Where.
+        """
+        rest = [other for one, other in zip(r.factors, r.factors[::-1], strict=True) if one.tensor is z.tensor]
+        if rest:
+            size = self.abs(z)
+            return rest[0] * (size / (size + eps))
+        rectified = self._rectified(z, r)
+        if rectified is not None:
+            return r / (rectified + eps)
         steep = self.binary("Add", self.binary("Mul", z, 1e30), eps)
-        return z + self.record("Clip", [steep, self._lift(-eps), self._lift(eps)], z.shape, bare=z.bare)
+        away = self.record("Clip", [steep, self._lift(-eps), self._lift(eps)], z.shape, bare=z.bare)
+        return r / (z + away)
+
+    def _rectified(self, z: Symbol, r: Symbol) -> Symbol | None:
+        """The positive part of `z`, where `r` is 0 wherever that is; None where that is not known."""
+        if z.positive:
+            return z
+        for reader in z.tensor.outputs:
+            if not reader.outputs or reader.outputs[0].name not in r.zeros:
+                continue
+            if reader.op == "Relu":
+                return Symbol(self, reader.outputs[0], z.shape, positive=True)
+            if reader.op == "Clip" and len(reader.inputs) > 1 and _is_zero(reader.inputs[1]):
+                return self.positive(z)
+        return None
 
     def positive(self, x: Symbol) -> Symbol:
         return x if x.positive else self.unary("Relu", x, positive=True)
@@ -230,11 +297,11 @@ class Recorder(RecordedPlaces):
         return self.record("Reshape", [x, sizes], shape, bare=bare, positive=x.positive)
 
     def lifted(self, x: Symbol) -> Symbol:
-        return Symbol(self, x.tensor, (1, *x.shape), bare=True, positive=x.positive)
+        return Symbol(self, x.tensor, (1, *x.shape), bare=True, positive=x.positive, zeros=x.zeros)
 
     def lowered(self, r: Symbol) -> Symbol:
         assert r.bare
-        return Symbol(self, r.tensor, r.shape[1:], positive=r.positive)
+        return Symbol(self, r.tensor, r.shape[1:], positive=r.positive, zeros=r.zeros)
 
     def by_image(self, r: Symbol, images: Dim) -> Symbol:
         """(T, N*k, ...) as (T, N, k*...); how many images there are is asked of the graph's inputs when it runs."""
@@ -367,3 +434,7 @@ class Recorder(RecordedPlaces):
         back = list(moved.shape)
         back[axis], back[-1] = back[-1], back[axis]
         return self.record("Transpose", [moved], tuple(back), bare=x.bare, positive=moved.positive, perm=order)
+
+
+def _is_zero(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and not np.any(tensor.values)

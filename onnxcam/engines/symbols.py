@@ -41,13 +41,20 @@ class Symbol:
         shape: what an array would have, the axis of targets included.
         bare: the axis of targets, of length 1, stands in `shape` but not in the tensor.
         positive: no entry can be negative.
+        zeros: names of tensors of the user's graph; where an entry of one of them is 0, so is the entry here.
+        factors: what this was recorded as the product of.
     """
 
-    __slots__ = ("bare", "ops", "positive", "shape", "tensor")
+    __slots__ = ("bare", "factors", "ops", "positive", "shape", "tensor", "zeros")
     __array_ufunc__ = None  # NumPy scalars leave the arithmetic to us
 
-    def __init__(self, ops: Recorder, tensor: gs.Tensor, shape: Shape, bare: bool = False, positive: bool = False):
+    def __init__(
+        self, ops: Recorder, tensor: gs.Tensor, shape: Shape, bare: bool = False, positive: bool = False,
+        zeros: frozenset[str] = frozenset(),
+    ):  # fmt: skip
         self.ops, self.tensor, self.shape, self.bare, self.positive = ops, tensor, shape, bare, positive
+        self.zeros = zeros
+        self.factors: tuple[Symbol, ...] = ()
 
     @property
     def ndim(self) -> int:
