@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import onnx.inliner
 from onnxcam.bfloat16 import widened
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.runtime import onnxruntime
-from onnxcam.weights import Buffer, cut, is_stub, take
+from onnxcam.weights import Buffer, cut, emptied, is_stub, take
 
 OLDEST_OPSET = 7
 TRAINING_DOMAINS = frozenset(("ai.onnx.training", "ai.onnx.preview.training"))
@@ -88,15 +89,34 @@ def read(source: str | Path | bytes | onnx.ModelProto) -> ReadModel:
             return _read_huge(source)
     else:
         data = source if isinstance(source, bytes) else _bytes_of(Path(source))
-    sha256 = hashlib.sha256(data).hexdigest()
-    proto, weights = _parse(data, name)
-    _check_outline(proto, name)
-    outside = any(_is_outside(tensor) for tensor in _tensors(proto))
-    if outside:
-        weights |= _load_weights(proto, path, name)
-    _check(path if path is not None else data, name)
+    with _Digest(data) as digest:
+        proto, weights = _parse(data, name)
+        _check_outline(proto, name)
+        outside = any(_is_outside(tensor) for tensor in _tensors(proto))
+        if outside:
+            weights |= _load_weights(proto, path, name)
+        _check(proto, path if path is not None else data, name)
     del data
-    return _whole(ReadModel(proto, path, sha256, weights=weights, whole=not outside), name)
+    return _whole(ReadModel(proto, path, digest.hex, weights=weights, whole=not outside), name)
+
+
+class _Digest:
+    """The SHA-256 of some bytes, computed beside what is done meanwhile: a large file takes a while."""
+
+    hex: str
+
+    def __init__(self, data: Buffer):
+        self._thread = threading.Thread(target=self._compute, args=(data,))
+
+    def _compute(self, data: Buffer) -> None:
+        self.hex = hashlib.sha256(data).hexdigest()
+
+    def __enter__(self) -> _Digest:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
 
 
 def _read_huge(proto: onnx.ModelProto) -> ReadModel:
@@ -266,14 +286,16 @@ PACKED = frozenset(
 )
 
 
-def _check(source: Path | Buffer, name: str) -> None:
-    """Let the ONNX checker look at a file or its bytes, and ONNX Runtime where the checker objects."""
-    whole = str(source) if isinstance(source, Path) else bytes(source)
+def _check(proto: onnx.ModelProto, source: Path | Buffer, name: str) -> None:
+    """Let the ONNX checker look at a model, and ONNX Runtime at its file or bytes where the checker objects.
+
+    Large weights, whose sizes were found right, are spared it: it would copy them.
+    """
     try:
-        onnx.checker.check_model(whole)
+        onnx.checker.check_model(emptied(proto))
     except Exception as error:  # ValidationError, but also UnicodeDecodeError, DecodeError, RuntimeError, ...
         try:
-            _load_with_runtime(whole)
+            _load_with_runtime(str(source) if isinstance(source, Path) else bytes(source))
         except UsageError:
             raise
         except Exception:  # ONNX Runtime's errors share no base.

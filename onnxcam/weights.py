@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 LARGE = 4096  # bytes from which on a weight is worth keeping beside the model
+ALIGNMENT = 64  # bytes
 ELSEWHERE = "onnxcam"  # the external location that tensors without their data name
 
 Buffer = bytes | memoryview
@@ -41,8 +42,24 @@ def cut(data: Buffer) -> tuple[bytes, dict[str, np.ndarray]]:
     Raises:
         ValueError: the bytes are no protobuf message.
     """
-    weights: dict[str, np.ndarray] = {}
-    return _without(memoryview(data), (_GRAPH, _INITIALIZER), weights), weights
+    found: dict[str, np.ndarray] = {}
+    rest = _without(memoryview(data), (_GRAPH, _INITIALIZER), found)
+    return rest, _copied(found)
+
+
+def _copied(views: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays over a file's bytes as arrays of their own, aligned as runtimes want it and safe from a file that changes.
+
+    One block of memory holds them all: to ask the system for it at once takes a third of the time.
+    """
+    ends = np.cumsum([-(-view.nbytes // ALIGNMENT) * ALIGNMENT for view in views.values()], dtype=np.int64)
+    block = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    copies = {}
+    for (name, view), begin in zip(views.items(), [0, *ends], strict=False):
+        part = block[begin : begin + view.nbytes]
+        part[:] = view.reshape(-1).view(np.uint8)
+        copies[name] = part.view(view.dtype).astype(view.dtype.newbyteorder("="), copy=False).reshape(view.shape)
+    return copies
 
 
 def pieces(data: Buffer, weights: Mapping[str, np.ndarray]) -> list[Buffer]:
@@ -104,7 +121,7 @@ def _taken(message: memoryview, weights: dict[str, np.ndarray]) -> bytes | None:
     if raw is None or len(raw) < LARGE:
         return None
     tensor = TensorProto.FromString(b"".join([*rest, message[kept:]]))
-    values = _values(tensor, raw)
+    values = _view(tensor, raw)
     if values is None or tensor.name in weights:
         return None
     weights[tensor.name] = values
@@ -113,20 +130,30 @@ def _taken(message: memoryview, weights: dict[str, np.ndarray]) -> bytes | None:
 
 def take(tensor: TensorProto) -> np.ndarray | None:
     """The values of a large tensor, which becomes a stub; None where it stays as it is."""
-    values = _values(tensor, memoryview(tensor.raw_data)) if len(tensor.raw_data) >= LARGE else None
-    if values is not None:
-        tensor.CopyFrom(stub(tensor.name, values))
+    view = _view(tensor, memoryview(tensor.raw_data)) if len(tensor.raw_data) >= LARGE else None
+    if view is None:
+        return None
+    values = view.astype(view.dtype.newbyteorder("="))
+    tensor.CopyFrom(stub(tensor.name, values))
     return values
 
 
-def _values(tensor: TensorProto, raw: memoryview) -> np.ndarray | None:
+def emptied(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which stubs are tensors of no elements: it passes for whole where nobody asks for shapes."""
+    out = onnx.ModelProto()
+    out.CopyFrom(proto)
+    for tensor in filter(is_stub, out.graph.initializer):
+        tensor.CopyFrom(TensorProto(name=tensor.name, dims=[0], data_type=tensor.data_type))
+    return out
+
+
+def _view(tensor: TensorProto, raw: memoryview) -> np.ndarray | None:
     dtype = PLAIN.get(tensor.data_type)
     if dtype is None or not tensor.name or min(tensor.dims, default=1) < 0:
         return None
     if int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize != len(raw):
         return None  # the checker says what is wrong with it
-    # A copy of its own: aligned as the runtime wants it, and safe from a file that changes.
-    return np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=True).reshape(tuple(tensor.dims))
+    return np.frombuffer(raw, dtype).reshape(tuple(tensor.dims))
 
 
 def _filled(message: memoryview, path: tuple[int, ...], weights: Mapping[str, np.ndarray]) -> list[Buffer] | None:
