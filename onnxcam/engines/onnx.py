@@ -8,6 +8,7 @@ file has the windows: convolutions, pools and their adjoints, in the forms that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcam.engines.recorder import Recorder
-from onnxcam.engines.symbols import BATCH, Dim, Shape, Symbol, replaced
+from onnxcam.engines.symbols import BATCH, Dim, Shape, Symbol
 from onnxcam.engines.window import Window
 from onnxcam.errors import EngineError
 
 __all__ = ["BATCH", "RecorderOps", "Symbol"]
+
+MANY_TAPS = 6  # of a kernel, for each cell that a stride leaves one of
 
 
 class RecorderOps(Recorder):
@@ -43,22 +46,23 @@ class RecorderOps(Recorder):
         channels = int(w.shape[1]) * group
         positive = r.positive and w.positive
         shape = (*folded.shape[: -window.rank - 1], channels, *size)
-        unit = all(s == 1 for s in window.strides)
-        if unit and (group == 1 or (w.shape[1] == 1 and w.shape[0] == group)):
+        depthwise = w.shape[1] == 1 and w.shape[0] == group
+        dense = replace(window, strides=(1,) * window.rank)
+        if dense == window and (group == 1 or depthwise):
             y = self._conv_adjoint_as_conv(folded, w, window, shape, group, positive)
-        elif group == 1 and window.kernel == (1, 1):
-            y = self._conv_adjoint_by_cells(folded, w, window, shape, positive)
+        elif group == 1 and prod(window.kernel) == 1:
+            # A Conv where there is relevance, then the cells that were looked at.
+            below = replace(dense, begin=(0,) * window.rank, end=(0,) * window.rank)
+            here = (*shape[: -window.rank], *folded.shape[-window.rank :])
+            y = self._spread(self._conv_adjoint_as_conv(folded, w, below, here, 1, positive), window, size)
+        elif depthwise and prod(window.kernel) >= MANY_TAPS * prod(window.strides):
+            # More cells than needed, and still quicker than runtimes are at a ConvTranspose by channel.
+            below = replace(dense, kernel=(1,) * window.rank, strides=window.strides, dilations=(1,) * window.rank)
+            below = replace(below, begin=(0,) * window.rank, end=(0,) * window.rank)
+            y = self._spread(folded, below, dense.output(tuple(size)))
+            y = self._conv_adjoint_as_conv(y, w, dense, shape, group, positive)
         else:
-            # The pads that a stride leaves uncovered at the end come back as output padding (spec 3.0).
-            extra = [
-                (n + b + e - x) % s
-                for n, b, e, x, s in zip(size, window.begin, window.end, window.extent, window.strides, strict=True)
-            ]
-            y = self.record(
-                "ConvTranspose", [folded, self._own_copy(w)], shape, bare=folded.bare, positive=positive, group=group,
-                kernel_shape=list(window.kernel), strides=list(window.strides), dilations=list(window.dilations),
-                pads=[*window.begin, *window.end], output_padding=extra,
-            )  # fmt: skip
+            y = self._transposed(folded, self._own_copy(w), window, shape, group, positive)
         return self._unfolded(y, lead, window)
 
     def _own_copy(self, w: Symbol) -> Symbol:
@@ -106,26 +110,22 @@ class RecorderOps(Recorder):
             y = self.slice(y, i - n, start, start + int(shape[i - n]))
         return y
 
-    def _conv_adjoint_by_cells(self, r: Symbol, w: Symbol, window: Window, shape: Shape, positive: bool) -> Symbol:
-        """Kernel 1x1 and a stride: a Conv where there is relevance, spread over the cells that were looked at."""
-        below = Window((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))
-        y = self._conv_adjoint_as_conv(r, w, below, (*shape[:-2], *r.shape[-2:]), 1, positive)
-        y = self._spread(y, window.strides)
-        for i in (-2, -1):
-            begin, have, size = window.begin[i], int(y.shape[i]), int(shape[i])
-            if begin or have > size:
-                y = self.slice(y, i, begin, min(begin + size, have))
-            y = self._padded(y, i, 0, size - int(y.shape[i]), replaced(y.shape, i, size))
-        return y
+    def _spread(self, r: Symbol, window: Window, size: Sequence[int]) -> Symbol:
+        """The cells of `r` back where a 1x1 window saw them, zeros between: quickest as a ConvTranspose of ones."""
+        ones = self._ones_weight((int(r.shape[-window.rank - 1]), 1, *window.kernel))
+        return self._transposed(r, ones, window, (*r.shape[: -window.rank], *size), ones.shape[0], r.positive)
 
-    def _spread(self, y: Symbol, strides: Sequence[int]) -> Symbol:
-        """Put zeros behind every cell of the last two axes: by far the quickest as a ConvTranspose of ones."""
-        c, h, w = (int(n) for n in y.shape[-3:])
-        down, right = strides
+    def _transposed(self, r: Symbol, w: Symbol, window: Window, shape: Shape, group: Dim, positive: bool) -> Symbol:
+        """The pads that a stride leaves uncovered at the end come back as output padding (spec 3.0)."""
+        size = shape[-window.rank :]
+        extra = [
+            (int(n) + b + e - x) % s
+            for n, b, e, x, s in zip(size, window.begin, window.end, window.extent, window.strides, strict=True)
+        ]
         return self.record(
-            "ConvTranspose", [y, np.ones((c, 1, 1, 1), np.float32)], (*y.shape[:-2], h * down, w * right),
-            bare=y.bare, positive=y.positive, group=c, kernel_shape=[1, 1], strides=[down, right],
-            output_padding=[down - 1, right - 1],
+            "ConvTranspose", [r, w], shape, bare=r.bare, positive=positive, group=group,
+            kernel_shape=list(window.kernel), strides=list(window.strides), dilations=list(window.dilations),
+            pads=[*window.begin, *window.end], output_padding=extra,
         )  # fmt: skip
 
     def conv_weight_adjoint(
@@ -165,28 +165,12 @@ class RecorderOps(Recorder):
         return self.record("Reshape", [a, np.array(sizes, np.int64)], tuple(ends), positive=a.positive)
 
     def window_sum(self, x: Symbol, window: Window) -> Symbol:
-        folded, lead = self._folded(x, window)
-        return self._unfolded(self._ones("Conv", folded, window, window.output(_sizes(x, window))), lead, window)
+        channels = int(x.shape[-window.rank - 1])
+        return self.conv(x, self._ones_weight((channels, 1, *window.kernel)), window, channels)
 
     def window_sum_adjoint(self, r: Symbol, window: Window, size: Sequence[int]) -> Symbol:
-        folded, lead = self._folded(r, window)
-        return self._unfolded(self._ones("ConvTranspose", folded, window, tuple(size)), lead, window)
-
-    def _ones(self, op: str, x: Symbol, window: Window, size: Sequence[int]) -> Symbol:
-        """Convolve every channel by itself with ones, or the adjoint of that."""
-        channels = x.shape[-window.rank - 1]
-        assert isinstance(channels, int)
-        attrs: dict[str, Any] = {"pads": [*window.begin, *window.end]}
-        if op == "ConvTranspose":
-            attrs["output_padding"] = [
-                (n + b + e - c) % s
-                for n, b, e, c, s in zip(size, window.begin, window.end, window.extent, window.strides, strict=True)
-            ]
-        return self.record(
-            op, [x, self._ones_weight((channels, 1, *window.kernel))], (*x.shape[: -window.rank], *size),
-            bare=x.bare, positive=x.positive, group=channels, kernel_shape=list(window.kernel),
-            strides=list(window.strides), dilations=list(window.dilations), **attrs,
-        )  # fmt: skip
+        channels = int(r.shape[-window.rank - 1])
+        return self.conv_adjoint(r, self._ones_weight((channels, 1, *window.kernel)), window, size, channels)
 
     def _ones_weight(self, shape: tuple[int, ...]) -> Symbol:
         """Ones that the file holds as a node, as a large window would hold many."""
