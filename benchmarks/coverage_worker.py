@@ -47,6 +47,7 @@ class _Explaining:
         with np.load(folder / REFERENCE) as stored:
             self.reference = dict(stored)
         self.target = (read_json(folder / NOTES) or {}).get("target")
+        self._exact: float | None = None
         self.alike = bool(np.ptp(self.reference["logits"]) == 0)
 
     def run(self, engines: Sequence[str]) -> None:
@@ -141,9 +142,28 @@ class _Explaining:
             if f"gradient{bits}" in self.reference
         }
         figures |= self.compared("gradient", engine, found)
-        if min(figures.get("torch32", 1.0), figures.get("torch64", 1.0)) > 5e-4 and "rounding" not in figures:
-            figures["rounding"] = self.rounding(engine, found.maps)
+        if min(figures.get("torch32", 1.0), figures.get("torch64", 1.0)) > 5e-4:
+            if "rounding" not in figures:
+                figures["rounding"] = self.rounding(engine, found.maps)
+            if (exact := self.exact()) is not None:
+                figures["exact"] = exact
         return figures
+
+    def exact(self) -> float | None:
+        """How far the gradient in float64 is from autograd's in float64, where PyTorch has one."""
+        if "gradient64" not in self.reference:
+            return None
+        if self._exact is None:
+            found = self.explained(
+                "numpy",
+                [self.model.spec.name],
+                method=entries(),
+                composite="gradient",
+                start="one-hot",
+                dtype="float64",
+            )
+            self._exact = relative(next(iter(found.maps.values()))[:, 0], self.reference["gradient64"])
+        return self._exact
 
     def explained(self, engine: str, layers: Any, noise: int = 0, **options: Any) -> Any:
         target = self.target if self.target is not None else "predicted"

@@ -145,6 +145,26 @@ def _follow(found: Canonical, rules: Composite) -> Check:
     return Check(found.logits, rules.name, rows)
 
 
+def reached(graph: Graph, logits: str, rules: Composite) -> set[str]:
+    """The tensors between the inputs and `logits` that relevance comes to by these rules.
+
+    What cannot be passed is taken to hand relevance on to all that it reads.
+    """
+    found = {logits}
+    firsts = first_linear(graph) if rules.first is not None else set()
+    for node in reversed(graph.between(graph.inputs, logits)):
+        if not any(name in found for name in node.outputs):
+            continue
+        try:
+            operator = lookup(node)
+        except ModelError:
+            found.update(name for name in node.inputs if name)
+        else:
+            rule = rules.rule_for(operator, node.op_type, node.name in firsts)
+            found.update(_receivers(graph, node, operator, rule))
+    return found
+
+
 def _receivers(graph: Graph, node: Node, operator: Operator, rule: Any) -> Iterator[str]:
     """The inputs of `node` that relevance goes on to."""
     if operator.kind == "statistic":

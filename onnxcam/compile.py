@@ -30,7 +30,7 @@ from onnxcam.graph import Graph
 from onnxcam.heads import before_rounding, count_classes
 from onnxcam.labels import labels_to_metadata
 from onnxcam.layers import Layer
-from onnxcam.methods import Method, method as find_method
+from onnxcam.methods import METHODS, Method, method as find_method
 from onnxcam.operators.kinds import Array
 from onnxcam.propagate import per_image, walk
 from onnxcam.signs import nonnegative_tensors
@@ -222,6 +222,11 @@ def compile(
     from onnxcam.feeds import settled
 
     chosen = find_method(method)
+    if not chosen.compiles:
+        raise UsageError(
+            f"method {chosen.name} is no single pass, so no one model computes it: use explain, or compile one of "
+            f"{', '.join(m.name for m in METHODS.values() if m.compiles)}"
+        )
     begin = find_start(start or chosen.start)
     given = settled(model, model.given(size or model.size), inputs)
     rules = find_composite(composite) if composite else suited(chosen.composite, model.canonical(given).graph)
@@ -296,12 +301,13 @@ def record(
     ranks: int = 1,
     sums: bool = False,
     balances: bool = False,
+    masks: Mapping[str, np.ndarray] | None = None,
 ) -> Recording:
     """Record forward, start, walk and combination.
 
     `ranks` is how many of the most likely classes targets may ask for. `sums` adds outputs `sum/<layer>`, (N, T): the
     relevance that arrived there. `balances` adds `balance`, (nodes, 3, N, T): what every node received and handed on,
-    and the magnitude of what it received.
+    and the magnitude of what it received. `masks` multiply what arrives at a tensor.
     """
     graph, notes = _raised(canonical.graph)
     surgeon = graph.surgeon.copy()
@@ -313,7 +319,7 @@ def record(
     relevance = ops.reshape(relevance, shape)
     tensors = list(dict.fromkeys(layer.tensor for layer in layers.values()))
     begins = {before_rounding(graph, canonical.logits): relevance}
-    flow = walk(graph, values, begins, tensors, rules, balance=balances, images=logits.shape[0])
+    flow = walk(graph, values, begins, tensors, rules, balances, images=logits.shape[0], masks=masks)
 
     outputs = [_output(ops, logits, LOGITS), _output(ops, chosen, CLASSES)]
     names: dict[str, str] = {}

@@ -24,6 +24,7 @@ from onnxcam.rules import (
     Epsilon,
     EqualShares,
     Gamma,
+    Guided,
     LinearRule,
     Pass,
     Proportional,
@@ -48,6 +49,7 @@ class Composite:
         rules: a rule for each kind.
         by_op: rules for single op types, before those by kind.
         first: a rule for the linear operators nearest to the input, before all others.
+        last: a rule for those nearest to the logits.
         fold_batchnorm: False where the rules expect BatchNormalization nodes as the file has them.
         conserves: False where relevance is not meant to be conserved, so that no residual is reported.
         attention: how relevance passes attention: "cp" to the values alone, "attnlrp" to queries and keys as well; None
@@ -59,14 +61,17 @@ class Composite:
     rules: Mapping[str, Rule]
     by_op: Mapping[str, Rule] = field(default_factory=dict)
     first: Rule | None = None
+    last: Rule | None = None
     fold_batchnorm: bool = True
     conserves: bool = True
     attention: str | None = "cp"
     about: str = ""
 
-    def rule_for(self, operator: Operator, op_type: str, first: bool = False) -> Rule:
-        if first and self.first is not None and operator.kind == "linear":
-            return self.first
+    def rule_for(self, operator: Operator, op_type: str, first: bool = False, last: bool = False) -> Rule:
+        if operator.kind == "linear":
+            for here, rule in ((first, self.first), (last, self.last)):
+                if here and rule is not None:
+                    return rule
         # A MatMul of two tensors that both depend on the input is no dense layer, but a product.
         special = self.by_op.get(op_type) if operator.kind != "product" else None
         return special or self.rules[operator.kind]
@@ -105,6 +110,7 @@ class Composite:
 
     def __str__(self) -> str:
         rows = [*self.rules.items(), *self.by_op.items(), *([("first linear", self.first)] if self.first else [])]
+        rows += [("last linear", self.last)] if self.last else []
         width = max(len(where) for where, _ in rows)
         return "\n".join(
             [f"{self.name}: {self.about}", *(f"  {where:<{width}}  {describe(rule)}" for where, rule in rows)]
@@ -185,6 +191,20 @@ COMPOSITES: dict[str, Composite] = {
             conserves=False,
             attention=None,
             about="no relevance but the exact gradient: every kind by its vector-Jacobian product",
+        ),
+        Composite(
+            "guided",
+            {kind: Vjp() for kind in KINDS} | {"activation": Guided()},
+            conserves=False,
+            attention=None,
+            about="the gradient, of which rectifiers let only positive values back (guided backpropagation)",
+        ),
+        Composite(
+            "deconvnet",
+            {kind: Vjp() for kind in KINDS} | {"activation": Guided(forward=False)},
+            conserves=False,
+            attention=None,
+            about="the gradient, rectifiers replaced by rectifying what comes back (DeconvNet)",
         ),
     )
 }

@@ -14,17 +14,17 @@ from onnxcam.check import why_no_logits
 from onnxcam.compile import classes_in
 from onnxcam.composites import Composite, composite as find_composite, suited
 from onnxcam.conditions import branches_taken, open_branches
-from onnxcam.engines.array import array_ops
 from onnxcam.engines.session import ProviderLike, Settings
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.feeds import Arrays, Feeds, Source, as_list, feeds as find_feeds
 from onnxcam.input_spec import Given
 from onnxcam.layers import Layer, better_neighbour
-from onnxcam.methods import Method, method as find_method
+from onnxcam.means import Means, probabilities
+from onnxcam.methods import INPUT, Method, method as find_method
 from onnxcam.model import Canonical, Model
-from onnxcam.runners import ArrayRunner, Batch, Job, RecordedRunner, Runner
-from onnxcam.starts import SIGMOIDS, Start, softmax, start as find_start
+from onnxcam.runners import Batch, Job, Runner
+from onnxcam.starts import Start, start as find_start
 from onnxcam.targets import Target, target_codes
 
 ENGINES = ("onnx", "numpy", "cupy")
@@ -37,6 +37,8 @@ def explain(
     targets: Sequence[Target] | Target | None = None,
     *,
     method: str | Method = "relevance-cam",
+    options: Mapping[str, Any] | None = None,
+    concepts: Mapping[str | int, Sequence[int]] | None = None,
     composite: str | Composite | None = None,
     start: str | Start | None = None,
     attention: str | None = None,
@@ -46,7 +48,7 @@ def explain(
     threads: int | None = None,
     batch_size: int = 8,
     inputs: Mapping[str, np.ndarray] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, int], None] | None = None,
 ) -> Explanation:
     """Where did the model look?
 
@@ -56,7 +58,9 @@ def explain(
             by the names of several inputs.
         layers: what `--layer` accepts: node, tensor, `OpType_N`, module path, glob, index, auto, suggested, all, input.
         targets: class numbers, label texts, "top3" and the like, "predicted"; by default the predicted class.
-        method: how relevance and activations are combined.
+        method: how relevance and activations are combined; `METHODS` has them all.
+        options: of the method, by name: how many samples, say.
+        concepts: channels by layer: relevance goes through these only (concept-conditional relevance, Achtibat 2023).
         composite: which LRP rule applies where; by default the method's.
         start: relevance at the logits; by default the method's.
         attention: "cp" (relevance passes attention to the values alone, the default) or "attnlrp" (to queries and keys
@@ -69,7 +73,7 @@ def explain(
         threads: threads within one op; by default as many as ONNX Runtime likes.
         batch_size: images at a time, where the file leaves its batch open.
         inputs: arrays for the model's other inputs, by name: with a row for each image, or one that holds for all.
-        progress: called with (done, total) images.
+        progress: called with (done, total) images; a part of an image, too, where one takes many passes.
 
     Returns:
         Maps of shape (images, targets, *spatial) at each layer's own resolution, raw, float32; for a layer of features
@@ -84,7 +88,7 @@ def explain(
     if batch_size < 1:
         raise UsageError(f"a batch holds 1 image or more, not {batch_size}")
     settings = Settings.of(providers, threads)
-    chosen = find_method(method)
+    chosen = find_method(method).with_options(options or {})
     begin = find_start(start or chosen.start)
     engine = engine or ("onnx" if dtype == "float32" else "numpy")
     if engine not in ENGINES:
@@ -95,7 +99,16 @@ def explain(
     feeds = find_feeds(model, images, inputs)
     rules = find_composite(composite) if composite else suited(chosen.composite, model.canonical(feeds.given).graph)
     rules = rules.with_attention(attention)
-    plans = _Plans(model, feeds, _layers(layers), chosen, rules, begin, engine, dtype, settings)
+    if concepts and not chosen.walks:
+        raise UsageError(
+            f"method {chosen.name} carries no relevance that could be kept to channels: leave concepts out"
+        )
+    typed = _layers(layers)
+    typed = [INPUT] if chosen.at_input and typed == ["auto"] else typed
+    share = _Share()
+    plans = _Plans(
+        model, feeds, typed, chosen, rules, begin, engine, dtype, settings, dict(concepts or {}), batch_size, share.tell
+    )
     first = plans.at(0, 1)
     codes = target_codes(_listed(targets), classes_in(first.canonical), model.labels)
 
@@ -105,6 +118,7 @@ def explain(
     step = model.spec.batch or (1 if plans.branching else batch_size)
     for begun in range(0, len(pictures), step):
         stop = min(begun + step, len(pictures))
+        share.of(begun, stop, len(pictures), progress)
         plan = plans.at(begun, stop)
         part = plan.runner.run(feeds.filled(begun, stop, model), codes).first(stop - begun)
         if parts and _sizes(part) != _sizes(parts[0]):
@@ -130,13 +144,16 @@ def explain(
         maps=maps,
         targets=np.concatenate([p.targets for p in parts]),
         logits=logits.astype(np.float32),
-        probabilities=_probabilities(logits, canonical.squash).astype(np.float32),
+        probabilities=probabilities(logits, canonical.squash).astype(np.float32),
         conservation=Conservation.merge([p.conservation for p in parts]),
         options={
             "method": chosen.name,
-            "composite": rules.name,
-            "attention": rules.attention,
-            "start": begin.name,
+            "method_options": chosen.options(),
+            "per_channel": chosen.channels,
+            "concepts": {str(layer): [int(c) for c in channels] for layer, channels in (concepts or {}).items()},
+            "composite": rules.name if chosen.walks else None,
+            "attention": rules.attention if chosen.walks else None,
+            "start": begin.name if chosen.walks else None,
             "engine": engine,
             "dtype": dtype,
             "providers": runner.providers,
@@ -179,6 +196,9 @@ class _Plans:
     engine: str
     dtype: str
     settings: Settings
+    concepts: Mapping[str | int, Sequence[int]]
+    step: int
+    tick: Callable[[float], None]
     _made: dict[Given, _Plan] = field(default_factory=dict)
 
     @cached_property
@@ -203,15 +223,24 @@ class _Plans:
         self.method.require(plain.graph, layers, plain.logits)
         tensors = {layer.tensor for layer in layers.values()}
         listed = {row.tensor for row in model.layers(given)}
+        kept = {name: model.resolve([name], given, vectors=True)[str(name)] for name in self.concepts}
+        tensors |= {layer.tensor for layer in kept.values()}
         canonical = model.canonical(given, frozenset(tensors - listed), self.rules.fold_batchnorm)
         rules = boxed(self.rules, canonical, *self._ranges()) if self.rules.needs_box else self.rules
-        job = Job(canonical, model.spec.name, layers, self.method, rules, self.start)
-        runner: Runner
-        if self.engine == "onnx":
-            runner = RecordedRunner(job, self.settings, model.disk, model.content if model.disk else "")
-        else:
-            runner = ArrayRunner(job, array_ops(self.engine, self.dtype), self.dtype, self.settings)
-        return _Plan(given, canonical, layers, runner)
+        masks = {layer.tensor: channel_mask(name, layer, self.concepts[name]) for name, layer in kept.items()}
+        job = Job(canonical, model.spec.name, layers, self.method, rules, self.start, masks)
+        means = Means(
+            job, self.engine, self.dtype, self.settings, model.spec.batch, self.step, model.disk,
+            model.content if model.disk else "", model.layers(given), self._seen(given), self.tick,
+        )  # fmt: skip
+        return _Plan(given, canonical, layers, self.method.runner(means))
+
+    def _seen(self, given: Given) -> Layer | str:
+        """The input as a layer, or why it is none."""
+        try:
+            return next(iter(self.model.resolve([INPUT], given, vectors=True).values()))
+        except UsageError as error:
+            return str(error)
 
     def _ranges(self) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], Arrays]:
         """The range of each input, from preprocessing or else from the data, and one batch of them all."""
@@ -226,14 +255,44 @@ class _Plans:
         return ranges, whole
 
 
+class _Share:
+    """Tells progress of a batch as progress of the whole."""
+
+    def __init__(self) -> None:
+        self._tell: Callable[[float], None] | None = None
+
+    def of(self, start: int, stop: int, total: int, progress: Callable[[float, int], None] | None) -> None:
+        """The batch from `start` to `stop` is under way."""
+        self._tell = None if progress is None else lambda part: progress(start + part * (stop - start), total)
+
+    def tell(self, part: float) -> None:
+        if self._tell is not None:
+            self._tell(part)
+
+
+def channel_mask(name: str | int, layer: Layer, channels: Sequence[int]) -> np.ndarray:
+    """1 at these channels of a layer and 0 elsewhere, of a shape that broadcasts against its tensor.
+
+    Raises:
+        UsageError: it has no such channel, or its channels lie in several axes.
+    """
+    form, shape = layer.form, layer.shape
+    axis = 1 if form is None or form.plain else len(shape) - 1
+    count = shape[axis] if axis < len(shape) else None
+    if not isinstance(count, int) or (form is not None and form.channels != count):
+        raise UsageError(
+            f"the channels of layer {layer.node!r} are not one axis of its tensor: name another for concepts"
+        )
+    wrong = [c for c in channels if not 0 <= int(c) < count]
+    if wrong or not len(channels):
+        raise UsageError(f"layer {str(name)!r} has channels 0 to {count - 1}, not {wrong[0] if wrong else 'none'}")
+    mask = np.zeros(count, np.float32)
+    mask[np.asarray(channels, int)] = 1
+    return mask.reshape(-1, *(1,) * (len(shape) - axis - 1))
+
+
 def _sizes(part: Batch) -> dict[str, tuple[int, ...]]:
     return {name: heat.shape[2:] for name, heat in part.maps.items()}
-
-
-def _probabilities(logits: np.ndarray, squash: str | None) -> np.ndarray:
-    if squash in SIGMOIDS or logits.shape[1] == 1:
-        return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
-    return softmax(logits.astype(np.float64))
 
 
 def _listed(targets: Sequence[Target] | Target | None) -> list[Target]:

@@ -16,6 +16,7 @@ from PIL import Image
 from onnxcam.errors import UsageError
 from onnxcam.files import safe_name, writable_folder, write_atomically
 from onnxcam.layers import Layer
+from onnxcam.segment import Segment, segment as find_segment
 
 if TYPE_CHECKING:
     from onnxcam.model import Model
@@ -183,8 +184,8 @@ class Explanation:
         return float(row[c]) if len(row) > 1 else float(row[0] if c else -row[0])
 
     def is_vector(self, layer: str) -> bool:
-        """True where the layer holds features (N, F), of which each has its relevance, and no map."""
-        return len(self.layers[layer].shape) == 2
+        """True where there is a number for each feature or channel, and no map."""
+        return len(self.layers[layer].shape) == 2 or bool(self.options.get("per_channel"))
 
     def top_features(
         self, layer: str | None = None, image: int = 0, target: int = 0, count: int = 10
@@ -222,16 +223,40 @@ class Explanation:
         where = self.layers[layer]
         size = "x".join(map(str, self.maps[layer].shape[2:]))
         method = self.options["method"]
-        extra = [self.options[k] for k in ("composite", "start")]
+        extra = [self.options[k] for k in ("composite", "start") if self.options[k]]
+        kept = [f"{layer}: {', '.join(map(str, c))}" for layer, c in self.options["concepts"].items()]
         return [
             f"{self.label(image, target)}  {self.probability(image, target):.1%}",
-            f"layer {where.node} ({size})  {method}, {', '.join(extra)}",
+            f"layer {where.node} ({size})  {', '.join([method, *extra, *kept])}",
         ]
 
-    def save(self, out: str | Path, overlays: bool = True, **drawing: Any) -> list[Path]:
+    def segment(
+        self, layer: str | None = None, image: int = 0, target: int = 0, quantile: float | None = None
+    ) -> Segment:
+        """Where a map is high, on the picture that the model saw: above its mean plus one standard deviation, or a
+        quantile.
+
+        Raises:
+            UsageError: there is no picture, or the map is none in two dimensions.
+        """
+        name = layer if layer is not None else next(iter(self.maps))
+        view, heat = self.pictures[image].view, self.maps[name][image, target]
+        if view is None or heat.ndim != 2:
+            raise UsageError("there is no picture to segment: the input was an array, or the map is no image")
+        return find_segment(heat, (view.height, view.width), quantile)
+
+    def save(
+        self,
+        out: str | Path,
+        overlays: bool = True,
+        segments: bool = False,
+        quantile: float | None = None,
+        **drawing: Any,
+    ) -> list[Path]:
         """Write `OUT/<image>/class-<c>-layer-<name>.npy` and `-overlay.png`, and `OUT/manifest.json` last.
 
-        `drawing` are options of `render.overlay`, such as `kind="minmax"` or `alpha=0.5`.
+        With `segments` also `-mask.png` and `-segment.json`, see `segment`. `drawing` are options of `render.overlay`,
+        such as `kind="minmax"` or `alpha=0.5`.
 
         Returns:
             The files written. Each appears whole or not at all.
@@ -264,6 +289,16 @@ class Explanation:
                         drawn = self._draw(view, name, i, t, drawing)
                         written.append(write_atomically(place / f"{stem}-overlay.png", partial(_write_image, drawn)))
                         files[name]["overlay"] = f"{directory}/{stem}-overlay.png"
+                    if segments:
+                        found = self.segment(name, i, t, quantile)
+                        who = {"class": int(self.targets[i, t]), "label": self.label(i, t)}
+                        text = json.dumps(who | found.to_json())
+                        for what, write in (
+                            ("mask.png", partial(_write_image, found.image)),
+                            ("segment.json", partial(_write_text, text)),
+                        ):
+                            written.append(write_atomically(place / f"{stem}-{what}", write))
+                            files[name][what.split(".")[0]] = f"{directory}/{stem}-{what}"
                 targets.append(
                     {
                         "class": int(self.targets[i, t]),
@@ -276,8 +311,8 @@ class Explanation:
             entries.append({"name": picture.name, "folder": directory, "targets": targets})
         manifest = self.manifest() | {"images": entries}
         # What is no UTF-8 in a file's name is escaped as JSON does.
-        text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        written.append(write_atomically(folder / "manifest.json", lambda s: s.write(text)))
+        whole = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        written.append(write_atomically(folder / "manifest.json", lambda s: s.write(whole)))
         return list(dict.fromkeys(written))
 
     def _stems(self) -> dict[str, str]:
@@ -341,6 +376,10 @@ class Explanation:
 
 def _write_array(array: np.ndarray, stream: IO[bytes]) -> None:
     np.save(stream, array)
+
+
+def _write_text(text: str, stream: IO[bytes]) -> None:
+    stream.write((text + "\n").encode())
 
 
 def _write_image(image: Image.Image, stream: IO[bytes]) -> None:

@@ -147,6 +147,7 @@ def list_layers(
     paths: Mapping[str, str] | None = None,
     inputs: Mapping[str, Axes] | None = None,
     maps: Maps | None = None,
+    reached: Collection[str] | None = None,
 ) -> list[Layer]:
     """The layers between the graph's inputs and `logits` whose tensor is a map, in topological order.
 
@@ -159,6 +160,7 @@ def list_layers(
         paths: node name to module path, where the file records them.
         inputs: the spatial axes of the inputs, where they are known.
         maps: `Maps(graph, inputs)`, where it is at hand.
+        reached: the tensors that relevance comes to, where that is known: no other is suggested.
     """
     maps = maps or Maps(graph, inputs)
     self_gated = self_gates(graph)
@@ -196,7 +198,7 @@ def list_layers(
                 last not in dead,
             )
         )  # fmt: skip
-    return _suggest(_stages(rows))
+    return _suggest(_stages(rows), reached)
 
 
 def _is_float(graph: Graph, tensor: str) -> bool:
@@ -290,16 +292,17 @@ def _stages(rows: Sequence[Layer]) -> list[Layer]:
     return [replace(r, stage=sizes.index(n) + 1) for r, n in zip(rows, cells, strict=True)]
 
 
-def _suggest(rows: list[Layer]) -> list[Layer]:
+def _suggest(rows: list[Layer], reached: Collection[str] | None = None) -> list[Layer]:
     """Mark, per resolution, the last layer through which all evidence passes, or the last where there is none of these.
 
     In the latter half of a resolution's layers, one that cannot be negative is preferred, then one behind an
-    activation. Where only a class token is read in the end, it is the last layer from which the other tokens still
-    reach the logits.
+    activation. What relevance does not come to, as the queries of an attention, is none of them. Where only a class
+    token is read in the end, it is the last layer from which the other tokens still reach the logits.
     """
     by_stage: dict[int, list[Layer]] = defaultdict(list)
     for row in rows:
-        by_stage[row.stage].append(row)
+        if reached is None or row.tensor in reached:
+            by_stage[row.stage].append(row)
     chosen = {best.index for members in by_stage.values() if (best := _best(members)) is not None}
     return [replace(r, suggested=r.index in chosen) for r in rows]
 

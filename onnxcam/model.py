@@ -185,8 +185,18 @@ class Model:
         key = ("layers", size)
         found = self.canonical(size)
         if key not in found.cache:
+            from onnxcam.check import reached
+            from onnxcam.composites import suited
+
             maps = self._maps(found)
-            found.cache[key] = list_layers(found.graph, found.logits, self.names.paths, maps=maps)
+            rules = suited("relevance_cam", found.graph)
+            found.cache[key] = list_layers(
+                found.graph,
+                found.logits,
+                self.names.paths,
+                maps=maps,
+                reached=reached(found.graph, found.logits, rules),
+            )
         rows: list[Layer] = found.cache[key]
         return rows
 

@@ -95,6 +95,20 @@ def first_linear(graph: Graph) -> set[str]:
     return firsts
 
 
+def last_linear(graph: Graph, logits: str) -> set[str]:
+    """Names of the linear nodes that no other linear node lies behind on the way to the logits."""
+    before: set[str] = set()  # tensors before a linear node
+    lasts = set()
+    for node in reversed(graph.between(graph.inputs, logits)):
+        ahead = any(name in before for name in node.outputs)
+        linear = node.op_type in LINEAR_OPS and any(not node.is_constant(i) for i in range(len(node.inputs)))
+        if linear and not ahead:
+            lasts.add(node.name)
+        if ahead or linear:
+            before.update(node.inputs)
+    return lasts
+
+
 def needed_taps(graph: Graph, layers: Collection[str], logits: str) -> list[str]:
     """The tensors a walk from `logits` down to `layers` reads, in topological order."""
     wanted = {logits, *layers}
@@ -113,6 +127,7 @@ def propagate(
     ops: Any,
     cache: dict[tuple[str, str], Array] | None = None,
     images: int | None = None,
+    masks: Mapping[str, np.ndarray] | None = None,
 ) -> Flow:
     """Carry `starts` back to `layers`.
 
@@ -125,6 +140,7 @@ def propagate(
         ops: the primitives of an engine.
         cache: arrays made from constants of this graph, kept from walk to walk.
         images: how many a batch has, where the starts do not say so by their first axis.
+        masks: tensor to what its relevance is multiplied with when it has arrived.
 
     Returns:
         A `Flow`; a layer that no relevance reaches has no entry.
@@ -136,7 +152,7 @@ def propagate(
     # A rule may divide by zero where it drops the quotient a line later.
     with np.errstate(divide="ignore", invalid="ignore"):
         begun = {name: ops.asarray(r) for name, r in starts.items()}
-        flow = walk(graph, values, begun, layers, composite, images=images)
+        flow = walk(graph, values, begun, layers, composite, images=images, masks=masks)
 
     def host(array: Array) -> np.ndarray:
         return np.asarray(ops.to_host(array), np.float64)
@@ -158,6 +174,7 @@ def walk(
     composite: Composite,
     balance: bool = True,
     images: Any = None,
+    masks: Mapping[str, np.ndarray] | None = None,
 ) -> Flow:
     """The walk itself, on arrays of any engine: `propagate` with the values of a forward pass at hand.
 
@@ -171,18 +188,19 @@ def walk(
     found: dict[str, Array] = {}
     balances = []
     firsts = first_linear(graph) if composite.first is not None else set()
+    lasts = {name for end in starts for name in last_linear(graph, end)} if composite.last is not None else set()
 
     if images is None:
         images = next((r.shape[1] if r.ndim > 2 else 1 for r in starts.values()), 1)
     path: dict[str, Node] = {n.name: n for target in starts for n in graph.between(layers, target)}
     for node in sorted(path.values(), key=lambda n: n.index, reverse=True):
-        arrived = [held.pop(name, None) for name in node.outputs]
+        arrived = [_masked(ops, held.pop(name, None), (masks or {}).get(name)) for name in node.outputs]
         here = zip(node.outputs, arrived, strict=True)
         found.update((name, r) for name, r in here if name in layers and r is not None)
         if all(r is None for r in arrived):
             continue
         operator = lookup(node)
-        rule = composite.rule_for(operator, node.op_type, node.name in firsts)
+        rule = composite.rule_for(operator, node.op_type, node.name in firsts, node.name in lasts)
         try:
             shares = rule(At(node, values), operator, arrived)
         except EngineError as error:
@@ -193,8 +211,13 @@ def walk(
         if balance and composite.conserves:
             row = _balance(ops, node, describe(rule), arrived, shares, images)
             balances += [row] if row is not None else []
-    found.update((name, r) for name, r in held.items() if name in layers)
+    left = ((name, _masked(ops, r, (masks or {}).get(name))) for name, r in held.items() if name in layers)
+    found.update((name, r) for name, r in left if r is not None)
     return Flow(found, balances)
+
+
+def _masked(ops: Any, r: Array | None, mask: np.ndarray | None) -> Array | None:
+    return r if r is None or mask is None else r * ops.asarray(mask)
 
 
 def _balance(

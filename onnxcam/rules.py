@@ -297,6 +297,17 @@ def _sign(f: LinearMap, bias: Bias) -> int:
     return 0 if bias == "full" and f.bias is not None else 1
 
 
+@dataclass(frozen=True)
+class Opposite(LinearRule):
+    """Only negative contributions share: z-plus with the weights negated (the dual of CLRP2, Gu et al. 2018)."""
+
+    eps: float = 0.0
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        terms = opposite_sign(f)
+        return share(f, r, terms, None, self.eps, -1) if terms else f.ops.zeros_like(f.adjoint(r, f.weight))
+
+
 # -- rules for the other kinds -----------------------------------------------------------------------------------
 
 
@@ -306,6 +317,32 @@ class Vjp:
 
     def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
         return operator.vjp(at, rs)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The gradient, of which rectifiers let only positive values back: guided backpropagation (Springenberg 2015).
+
+    `forward` False also lets them back where the rectifier was shut on the way forward: DeconvNet (Zeiler and Fergus
+    2014). Rectifiers are Relu, and Clip from 0 up.
+    """
+
+    forward: bool = True
+
+    def __call__(self, at: At, operator: Operator, rs: Relevances) -> list[Share]:
+        if not _rectifies(at):
+            return operator.vjp(at, rs)
+        r = at.ops.positive(rs[0])
+        return operator.vjp(at, [r]) if self.forward else [(0, r)]
+
+
+def _rectifies(at: At) -> bool:
+    if at.node.op_type == "Relu":
+        return True
+    if at.node.op_type != "Clip":
+        return False
+    low = at.node.attr("min") if at.node.opset < 11 else at.node.constant(1)
+    return low is not None and not np.any(np.asarray(low))
 
 
 @dataclass(frozen=True)

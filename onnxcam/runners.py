@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from onnxcam.errors import ModelError, UsageError
 from onnxcam.explanation import Conservation, NodeBalance
 from onnxcam.heads import before_rounding
 from onnxcam.layers import Layer
-from onnxcam.methods import Method
+from onnxcam.methods.base import Method
 from onnxcam.model import Canonical
 from onnxcam.propagate import needed_taps, per_image, propagate
 from onnxcam.starts import Start
@@ -44,6 +44,7 @@ class Job:
     method: Method
     rules: Composite
     start: Start
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)  # what relevance is multiplied with, by tensor
 
     @property
     def tensors(self) -> list[str]:
@@ -65,13 +66,16 @@ class Batch:
         return Batch(maps, self.targets[:count], self.logits[:count], self.conservation.first(count))
 
 
+Codes = Sequence[int] | np.ndarray  # targets for all images alike, or for each image: (N, T)
+
+
 class Runner(Protocol):
     """Runs one job; `providers` says where its forward pass runs, `notes` what of it was not as asked for."""
 
     providers: list[str]
     notes: list[str]
 
-    def run(self, feeds: Mapping[str, np.ndarray], codes: Sequence[int]) -> Batch:
+    def run(self, feeds: Mapping[str, np.ndarray], codes: Codes) -> Batch:
         """Explain a batch, arrays (N, ...) by input, for the targets that `codes` mean (see `targets`)."""
 
 
@@ -92,7 +96,7 @@ class ArrayRunner:
         model = expose(canonical.graph, taps)
         return ReferenceSession(model, taps) if self.dtype == "float64" else RuntimeSession(model, taps, self.settings)
 
-    def run(self, feeds: Mapping[str, np.ndarray], codes: Sequence[int]) -> Batch:
+    def run(self, feeds: Mapping[str, np.ndarray], codes: Codes) -> Batch:
         job, ops, name = self.job, self.ops, self.job.canonical.logits
         taps = self.session.run(feeds)
         logits = as_rows(taps[name], len(feeds[job.input]))
@@ -102,7 +106,9 @@ class ArrayRunner:
         classes = classes_of(codes, logits)
         relevance = job.start(logits, classes, job.canonical.squash).reshape(classes.shape[1], *taps[name].shape)
         begins = {before_rounding(job.canonical.graph, name): relevance}
-        flow = propagate(job.canonical.graph, taps, begins, job.tensors, job.rules, ops, self._constants, len(logits))
+        flow = propagate(
+            job.canonical.graph, taps, begins, job.tensors, job.rules, ops, self._constants, len(logits), job.masks
+        )
         maps, sums = {}, {}
         for layer_name, layer in job.layers.items():
             if layer.tensor not in flow.relevance:
@@ -135,16 +141,17 @@ class RecordedRunner:
         self.providers: list[str] = []
         self.notes: list[str] = []
 
-    def run(self, feeds: Mapping[str, np.ndarray], codes: Sequence[int]) -> Batch:
+    def run(self, feeds: Mapping[str, np.ndarray], codes: Codes) -> Batch:
         job, images = self.job, len(feeds[self.job.input])
-        count, ranks = len(codes), max([1, *(-c for c in codes)])
+        wanted = np.broadcast_to(np.asarray(codes, np.int64), (images, np.shape(codes)[-1]))
+        count, ranks = wanted.shape[1], max(1, int(-wanted.min()))
         what = (job.canonical.key, self._what(), count, ranks)
         session, names = job.canonical.sessions.get(
             ("recorded", frozen(what), self.settings), lambda: self._load(what, count, ranks)
         )
         self.providers = session.providers
         self.notes += [note for note in session.notes if note not in self.notes]
-        out = session.run({**feeds, names["targets"]: np.tile(np.array(codes, np.int64), (images, 1))})
+        out = session.run({**feeds, names["targets"]: np.ascontiguousarray(wanted)})
         logits, classes = finite(out[names["logits"]], f"logits ({job.canonical.logits!r})"), out[names["classes"]]
         nodes = []
         if names["balanced"]:
@@ -159,7 +166,7 @@ class RecordedRunner:
         """What a recording depends on, beside the graph and the targets."""
         job = self.job
         layers = [(name, layer.node, layer.tensor) for name, layer in job.layers.items()]
-        return layers, job.canonical.logits, job.canonical.squash, job.method, job.rules, job.start
+        return layers, job.canonical.logits, job.canonical.squash, job.method, job.rules, job.start, job.masks
 
     def _load(self, what: Any, count: int, ranks: int) -> tuple[RuntimeSession, dict[str, Any]]:
         key = None if self.disk is None else digest(code_stamp(), self.content, what)
@@ -190,7 +197,7 @@ class RecordedRunner:
         job = self.job
         made = record(
             job.canonical, job.layers, job.method, job.rules, job.start, count=count, ranks=ranks, sums=True,
-            balances=job.rules.conserves,
+            balances=job.rules.conserves, masks=job.masks,
         )  # fmt: skip
         graph = made.proto.graph
         names = {

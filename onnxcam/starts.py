@@ -81,6 +81,10 @@ def _logit(ops: Any, z: Array, c: Array) -> Array:
     return z * c
 
 
+def _others(ops: Any, z: Array, c: Array) -> Array:
+    return ops.abs(z) * (1 - c)
+
+
 def _contrast(ops: Any, z: Array, c: Array) -> Array:
     n = z.shape[-1]
     return c * (1 + 1 / n) - 1 / n
@@ -109,6 +113,7 @@ STARTS: dict[str, Start] = {
     for s in (
         Start("one-hot", _one_hot, "1 at the class, 0 elsewhere"),
         Start("logit", _logit, "the logit of the class (Bach et al. 2015)", lambda ops, z: z),
+        Start("others", _others, "the size of every logit but that of the class (the dual of CLRP1, Gu et al. 2018)"),
         Start("contrast", _contrast, "1 at the class, -1/N at the N-1 others (the Relevance-CAM authors' code)"),
         Start("centred", _centred, "one-hot minus 1/N everywhere: sums to zero"),
         Start(

@@ -44,9 +44,12 @@ def target_codes(wanted: Sequence[Target], classes: int, labels: Labels) -> list
     return list(dict.fromkeys(codes))
 
 
-def classes_of(codes: Sequence[int], logits: np.ndarray) -> np.ndarray:
-    """Class numbers (N, T) that `codes` mean for logits (N, K)."""
+def classes_of(codes: Sequence[int] | np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Class numbers (N, T) that `codes` mean for logits (N, K); an array (N, T) has a row of them for each image."""
     ranked = _ranked(logits)
+    if isinstance(codes, np.ndarray) and codes.ndim == 2:
+        places = np.take_along_axis(ranked, np.maximum(-codes - 1, 0), axis=1)
+        return np.where(codes < 0, places, codes).astype(np.int64)
     columns = [ranked[:, -c - 1] if c < 0 else np.full(len(logits), c) for c in codes]
     return np.stack(columns, axis=1).astype(np.int64)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,3 +50,18 @@ def shipped_model() -> Path:
 def chelsea() -> Path:
     """A picture of a cat, as it ships."""
     return ROOT / "models" / "chelsea.png"
+
+
+@pytest.fixture
+def within(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """`within(method, oracle, found, expected, near=1e-4)`: the largest difference relative to the largest value is not
+    above `near`. It is written into the report, which `benchmarks.methods` makes its table from."""
+
+    def check(method: str, oracle: str, found: np.ndarray, expected: np.ndarray, near: float = 1e-4) -> None:
+        scale = float(np.abs(expected).max())
+        assert scale > 0 and found.shape == expected.shape
+        error = float(np.abs(found - expected).max()) / scale
+        record_property(f"error of {method}", f"{error!r} by {oracle}")
+        assert error <= near, error
+
+    return check

@@ -547,3 +547,114 @@ def test_control_c_stops_with_whole_files_only(place, tmp_path):
             assert np.load(path).dtype == np.float32
         else:
             Image.open(path).load()
+
+
+# -- methods, compare, segments --------------------------------------------------------------------------------------
+
+
+def test_methods_are_listed_with_what_they_need(capsys):
+    assert run("methods") == 0
+    printed = capsys.readouterr().out
+    for name in onnxcam.METHODS:
+        assert f"\n{name} " in printed
+    assert run("methods", "rise", "grad-cam", "--json") == 0
+    rise, grad_cam = json.loads(capsys.readouterr().out)
+    assert (rise["needs"], rise["cost"], rise["options"]["samples"]) == ("nothing", "1000 forwards", 1000)
+    assert (grad_cam["needs"], grad_cam["compiles"], grad_cam["options"]) == ("operators", True, {})
+    assert run("methods", "--black-box", "--json") == 0
+    assert {"rise", "occlusion"} <= {m["name"] for m in json.loads(capsys.readouterr().out)}
+    assert run("methods", "gradcam") == 2
+    assert "did you mean grad-cam" in capsys.readouterr().err
+
+
+def test_a_model_with_an_op_that_nobody_knows_is_explained_as_a_black_box(place, tmp_path, capsys):
+    assert run("explain", "det.onnx", "a.png", "-o", str(tmp_path)) == 3
+    assert "--black-box" in capsys.readouterr().err
+    asked = ("explain", "det.onnx", "a.png", "--black-box", "-o", str(tmp_path), "--preprocess", "unit", "--json")
+    assert run(*asked, "--set", "samples=6") == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert (options["method"], options["composite"], options["start"]) == ("rise", None, None)
+    assert options["method_options"]["samples"] == 6
+    assert run(*asked, "-m", "occlusion", "--set", "stride=0.5") == 0
+    capsys.readouterr()
+    assert run(*asked, "-m", "grad-cam") == 2
+    assert "method grad-cam looks into the model: with --black-box there are occlusion, rise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "samples"), "write NAME=VALUE"),
+        (("--set", "samples=3"), "method relevance-cam has no option 'samples'"),
+        (("--concept", "A2"), "write LAYER=CHANNEL"),
+        (("--concept", "A2=x"), "write LAYER=CHANNEL"),
+        (("--concept", "A2=99"), "layer 'A2' has channels 0 to"),
+        (("--segment", "half"), "mean-std or a quantile"),
+    ],
+)
+def test_options_of_methods_that_mean_nothing_are_refused(place, tmp_path, capsys, arguments, message):
+    assert run(*GOOD, *arguments, "-o", str(tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_relevance_through_some_channels_is_said_and_written(place, tmp_path, capsys):
+    options = ("-l", "A2", "--concept", "A2=0,2", "--preprocess", "unit", "--json", "-o", str(tmp_path))
+    assert run(*GOOD, "-m", "lrp", *options) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["concepts"] == {"A2": [0, 2]}
+    assert run(*GOOD, "-m", "channel-relevance", "-l", "A2", "--preprocess", "unit", "-o", str(tmp_path)) == 0
+    assert "features of A2" in capsys.readouterr().out
+
+
+def test_segments_are_written_beside_the_maps(place, tmp_path, capsys):
+    pytest.importorskip("contourpy")
+    assert run(*GOOD, "-t", "1", "--segment", "q0.7", "--no-overlay", "--json", "-o", str(tmp_path)) == 0
+    files = json.loads(capsys.readouterr().out)["images"][0]["targets"][0]["maps"]["auto"]
+    found = json.loads((tmp_path / files["segment"]).read_text())
+    mask = np.asarray(Image.open(tmp_path / files["mask"])) > 0
+    assert found["class"] == 1 and found["area"] == mask.sum() and found["size"] == list(mask.shape)
+    assert 0.2 < mask.mean() < 0.35
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_a_comparison_is_drawn(place, tmp_path, capsys, suffix):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / f"figure.{suffix}"
+    asked = ("compare", "good.onnx", "a.png", "-m", "grad-cam,relevance-cam", "-m", "saliency", "--preprocess", "unit")
+    assert run(*asked, "-o", str(out)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "5 maps of 3 rows and 3 layers" in printed.out
+    begins = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    assert out.read_bytes().startswith(begins)
+    if suffix == "svg":
+        assert "relevance-cam" in out.read_text()  # text stays text
+
+
+def test_classes_are_compared_by_one_method(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    asked = ("compare", "good.onnx", "a.png", "-m", "lrp", "-l", "A2", "-t", "0", "-t", "3", "--preprocess", "unit")
+    assert run(*asked, "-o", str(tmp_path / "classes.png"), "--dpi", "60") == 0
+    assert "2 maps of 2 rows and 1 layers" in capsys.readouterr().out
+
+
+def test_what_means_nothing_at_a_layer_is_left_out_of_a_comparison_and_said(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    asked = ("compare", "good.onnx", "a.png", "-m", "cam,grad-cam", "--preprocess", "unit")
+    assert run(*asked, "-o", str(tmp_path / "figure.png")) == 0
+    printed = capsys.readouterr()
+    assert "warning: cam at A2" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "figure.jpg"), "figures are written as .png, .pdf, .svg"),
+        (("--dpi", "0"), "--dpi is a number from 30"),
+        (("-m", "nothing"), "no method named 'nothing'"),
+        (("--set", "samples=3"), "say of which method"),
+    ],
+)
+def test_a_comparison_that_cannot_be_drawn_is_refused_before_the_work(place, tmp_path, capsys, arguments, message):
+    before = tree(place)
+    assert run("compare", "good.onnx", "a.png", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert tree(place) == before

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import onnx
 import pytest
+from walking import network
 
 import onnxcam
 from onnxcam.errors import ModelError, UsageError
@@ -275,3 +276,43 @@ def test_layers_of_a_torch_export_can_be_named_by_module_path():
     assert model.resolve(["1"])["1"] == second
     assert model.resolve(["1.0"])["1.0"] == second
     assert model.resolve(["/1/1.0/Conv"])["/1/1.0/Conv"] == second
+
+
+def test_what_relevance_does_not_come_to_is_not_suggested():
+    """Pooled queries, as in Hiera and MViT, are maps that cannot be negative, and only weigh what is seen."""
+    rng = np.random.default_rng(0)
+    model = load(
+        network(
+            "(float[N,3,16,16] x) => (float[N,5] y) { c = Conv<pads=[1,1,1,1]>(x, w) h = Relu(c) "
+            "p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(h) f = Reshape(p, fine) q = Transpose<perm=[0,2,1]>(f) "
+            "k = Reshape(h, coarse) s = MatMul(q, k) a = Softmax<axis=-1>(s) v = Transpose<perm=[0,2,1]>(k) "
+            "m = MatMul(a, v) t = Transpose<perm=[0,2,1]>(m) b = Reshape(t, back) r = Conv(b, u) e = Relu(r) "
+            "g = GlobalAveragePool(e) l = Flatten(g) y = MatMul(l, d) }",
+            w=rng.standard_normal((4, 3, 3, 3)).astype(np.float32),
+            u=rng.standard_normal((4, 4, 1, 1)).astype(np.float32) - 3,
+            d=rng.standard_normal((4, 5)).astype(np.float32),
+            fine=np.int64([0, 4, 64]),
+            coarse=np.int64([0, 4, 256]),
+            back=np.int64([0, 4, 8, 8]),
+        )
+    )
+    assert "p" in {row.tensor for row in model.layers()}
+    assert "p" not in suggested(model)
+    assert set(model.explain(X, "suggested").maps)
+
+
+def test_convolutions_lie_in_places_even_where_those_were_lost():
+    """As behind the cosine transform of CSATv2, here a matrix that mixes all pixels."""
+    rng = np.random.default_rng(0)
+    model = load(
+        network(
+            "(float[N,3,16,16] x) => (float[N,5] y) { f = Flatten(x) m = MatMul(f, mix) i = Reshape(m, picture) "
+            "c = Conv(i, w) h = Relu(c) a = GlobalAveragePool(h) l = Flatten(a) y = MatMul(l, d) }",
+            mix=rng.standard_normal((768, 768)).astype(np.float32),
+            w=rng.standard_normal((4, 48, 1, 1)).astype(np.float32),
+            d=rng.standard_normal((4, 5)).astype(np.float32),
+            picture=np.int64([0, 48, 4, 4]),
+        )
+    )
+    assert suggested(model) == ["h"]
+    assert model.explain(X, "auto").maps["auto"].shape == (2, 1, 4, 4)

@@ -55,7 +55,7 @@ def run_compile(arguments: argparse.Namespace) -> int:
         arguments.layers or ["auto"],
         arguments.fixed,
         slots=arguments.slots,
-        method=arguments.method,
+        method=arguments.method or "relevance-cam",
         composite=arguments.composite,
         start=arguments.start,
         attention=arguments.attention,

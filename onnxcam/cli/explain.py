@@ -11,10 +11,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcam.cli.options import add_input, add_layers, add_method, add_model, add_preprocess, load_model, read_inputs
+from onnxcam.cli.options import (
+    add_input,
+    add_layers,
+    add_method,
+    add_model,
+    add_options,
+    add_preprocess,
+    add_targets,
+    load_model,
+    options_of,
+    read_inputs,
+)
 from onnxcam.engines.session import PROVIDERS
 from onnxcam.errors import UsageError
 from onnxcam.files import check_writable
+from onnxcam.methods import METHODS, Method, method as find_method
+from onnxcam.methods.perturbation import BlackBox
+from onnxcam.segment import MEAN_STD, parse as parse_threshold
 
 if TYPE_CHECKING:
     from onnxcam.explanation import Explanation
@@ -31,12 +45,38 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("images", metavar="IMAGE", nargs="*", help="pictures, or folders of them")
     add_input(p)
     add_layers(p)
-    p.add_argument(
-        "--target", "-t", metavar="CLASS|NAME", action="append", dest="targets",
-        help="class number, label, top3 or predicted; may be repeated (default: predicted)",
-    )  # fmt: skip
+    add_targets(p)
     add_method(p)
+    add_options(p)
+    p.add_argument(
+        "--concept", metavar="LAYER=C[,C]", action="append", dest="concepts", default=[],
+        help="let relevance through these channels of a layer only; --method channel-relevance ranks them; repeatable",
+    )  # fmt: skip
+    p.add_argument(
+        "--black-box", action="store_true",
+        help="only look at what goes in and comes out, for models with ops that onnxcam does not know: --method rise, "
+        "or another that needs nothing",
+    )  # fmt: skip
     add_preprocess(p)
+    add_running(p)
+    out = p.add_argument_group("output")
+    out.add_argument("--out", "-o", metavar="DIR", default="onnxcam-out", help="where to write (default: onnxcam-out)")
+    out.add_argument(
+        "--colours", choices=KINDS, default="auto",
+        help="auto; positive (from 0 up); signed (red for, blue against); minmax (stretched, as the paper's figures)",
+    )  # fmt: skip
+    out.add_argument("--no-overlay", action="store_true", help="write the raw maps only")
+    out.add_argument(
+        "--segment", metavar="HOW", nargs="?", const=MEAN_STD,
+        help=f"also write the object as a mask and as COCO outlines: where the map is above {MEAN_STD} (the default) "
+        "or a quantile, q0.8 say",
+    )  # fmt: skip
+    out.add_argument("--json", action="store_true", help="print the manifest as JSON instead of a summary")
+    p.set_defaults(run=run_explain)
+
+
+def add_running(p: argparse.ArgumentParser) -> None:
+    """Options on who computes, and where."""
     run = p.add_argument_group("running")
     run.add_argument(
         "--engine", choices=("onnx", "numpy", "cupy"),
@@ -58,31 +98,27 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument(
         "--batch-size", metavar="N", type=_number_of("pictures"), default=8, help="pictures at a time (default: 8)"
     )
-    out = p.add_argument_group("output")
-    out.add_argument("--out", "-o", metavar="DIR", default="onnxcam-out", help="where to write (default: onnxcam-out)")
-    out.add_argument(
-        "--colours", choices=KINDS, default="auto",
-        help="auto; positive (from 0 up); signed (red for, blue against); minmax (stretched, as the paper's figures)",
-    )  # fmt: skip
-    out.add_argument("--no-overlay", action="store_true", help="write the raw maps only")
-    out.add_argument("--json", action="store_true", help="print the manifest as JSON instead of a summary")
-    p.set_defaults(run=run_explain)
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out)
+    chosen = _method(arguments)
+    quantile = parse_threshold(arguments.segment) if arguments.segment else None
     images = find_pictures(arguments.images)
     model = load_model(arguments)
     inputs = read_inputs(arguments.inputs, model)
     if images and model.spec.name in inputs:
         raise UsageError(f"input {model.spec.name!r} is given twice, by IMAGE and by --input: leave one out")
-    with _Progress(len(images) or len(np.atleast_1d(inputs.get(model.spec.name, 0)))) as progress:
+    count = len(images) or len(np.atleast_1d(inputs.get(model.spec.name, 0)))
+    with Bar(count, "explaining", always=type(chosen).runner is not Method.runner) as bar:
         explanation = model.explain(
             images or None,
             arguments.layers or ["auto"],
             inputs=inputs,
             targets=arguments.targets,
-            method=arguments.method,
+            method=chosen,
+            options=options_of(arguments),
+            concepts=_concepts(arguments.concepts),
             composite=arguments.composite,
             start=arguments.start,
             attention=arguments.attention,
@@ -91,9 +127,12 @@ def run_explain(arguments: argparse.Namespace) -> int:
             providers=arguments.providers or "cpu",
             threads=arguments.threads,
             batch_size=arguments.batch_size,
-            progress=progress.update,
+            progress=bar.update,
         )
-    written = explanation.save(arguments.out, overlays=not arguments.no_overlay, kind=arguments.colours)
+    written = explanation.save(
+        arguments.out, overlays=not arguments.no_overlay, segments=bool(arguments.segment), quantile=quantile,
+        kind=arguments.colours,
+    )  # fmt: skip
     for warning in explanation.warnings:
         print(f"onnxcam: warning: {warning}", file=sys.stderr)
     if arguments.json:
@@ -101,6 +140,38 @@ def run_explain(arguments: argparse.Namespace) -> int:
     else:
         _summary(explanation, written)
     return 0
+
+
+def _method(arguments: argparse.Namespace) -> Method:
+    """The method that the options name.
+
+    Raises:
+        UsageError: there is none of that name, or it is none for a black box.
+    """
+    chosen = find_method(arguments.method or ("rise" if arguments.black_box else "relevance-cam"))
+    if arguments.black_box and (chosen.walks or not chosen.at_input):
+        able = [m.name for m in METHODS.values() if isinstance(m, BlackBox)]
+        raise UsageError(f"method {chosen.name} looks into the model: with --black-box there are {', '.join(able)}")
+    return chosen
+
+
+def _concepts(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Channels by layer, from LAYER=3,17.
+
+    Raises:
+        UsageError: something is written otherwise.
+    """
+    found: dict[str, list[int]] = {}
+    for text in texts:
+        layer, equals, channels = text.rpartition("=")
+        try:
+            numbers = [int(c) for c in channels.split(",")]
+        except ValueError:
+            numbers = []
+        if not equals or not layer or not numbers:
+            raise UsageError(f"--concept {text}: write LAYER=CHANNEL[,CHANNEL], numbers from 0")
+        found.setdefault(layer, []).extend(numbers)
+    return found
 
 
 def find_pictures(sources: Sequence[str]) -> list[str]:
@@ -131,19 +202,19 @@ def _number_of(what: str) -> Callable[[str], int]:
     return number
 
 
-class _Progress:
-    """A bar on standard error, for more than one picture and a terminal only."""
+class Bar:
+    """A bar with an estimate on standard error, on a terminal only, and where there is more than one thing to do."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, what: str, always: bool = False):
         self.bar = None
-        if total > 1 and sys.stderr.isatty():
+        if (total > 1 or always) and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress
 
             self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("explaining", total=total)
+            self.task = self.bar.add_task(what, total=total)
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Bar:
         if self.bar:
             self.bar.start()
         return self
@@ -152,7 +223,7 @@ class _Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: float, total: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
 
@@ -189,7 +260,8 @@ def _summary(e: Explanation, written: Sequence[Path]) -> None:
     o = e.options
     source = "guessed" if "guess" in e.model.preprocess_source else e.model.preprocess_source  # the warning says why
     preprocess = f"; preprocessing {o['preprocess']} ({source})" if o["preprocess"] else ""
-    say(f"{o['method']}, composite {o['composite']}, start {o['start']}{preprocess}")
+    rules = [f"{what} {o[what]}" for what in ("composite", "start") if o[what]]
+    say(f"{', '.join([o['method'], *rules])}{preprocess}")
     if (dropped := e.conservation.dropped()) and (residual := e.conservation.residual) is not None:
         node, share = dropped[0]
         if share > 1e-4:

@@ -83,15 +83,45 @@ def _arrays(value: str, name: str, main: str) -> dict[str, Any]:
     return arrays
 
 
-def add_layers(parser: argparse.ArgumentParser) -> None:
+def add_layers(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     parser.add_argument(
         "--layer", "-l", metavar="L", action="append", dest="layers",
-        help="node, tensor, OpType_N, module path, glob, index, auto, suggested or all; repeatable (default: auto)",
+        help="node, tensor, OpType_N, module path, glob, index, input, auto, suggested or all; repeatable "
+        f"(default: {default})",
     )  # fmt: skip
 
 
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", "-t", metavar="CLASS|NAME", action="append", dest="targets",
+        help="class number, label, top3 or predicted; may be repeated (default: predicted)",
+    )  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser, form: str = "NAME=VALUE") -> None:
+    parser.add_argument(
+        "--set", metavar=form, action="append", dest="options", default=[],
+        help="an option of the method, samples=50 say; `onnxcam methods` lists them; repeatable",
+    )  # fmt: skip
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """What `--set` says, by name.
+
+    Raises:
+        UsageError: something is no NAME=VALUE.
+    """
+    found = {}
+    for text in arguments.options:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"--set {text}: write NAME=VALUE")
+        found[name.strip().replace("-", "_") if "." not in name else name.strip()] = value.strip()
+    return found
+
+
 def add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", "-m", metavar="M", default="relevance-cam", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--method", "-m", metavar="M", help=f"one of {', '.join(METHODS)} (default: relevance-cam)")
     parser.add_argument("--composite", "-c", metavar="C", help=f"one of {', '.join(COMPOSITES)}")
     parser.add_argument("--start", metavar="S", help=f"one of {', '.join(STARTS)}")
     add_attention(parser)

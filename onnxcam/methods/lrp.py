@@ -12,3 +12,10 @@ def combine(ops: Any, activation: Array, relevance: Array) -> Array:
     if activation.ndim == 2:
         return relevance
     return ops.sum(relevance, (1 - activation.ndim,))
+
+
+def by_channel(ops: Any, activation: Array, relevance: Array) -> Array:
+    """sum over cells of R_k: (T, N, C, *spatial) -> (T, N, C); features (T, N, F) as they are."""
+    if activation.ndim == 2:
+        return relevance
+    return ops.sum(relevance, tuple(range(2 - activation.ndim, 0)))

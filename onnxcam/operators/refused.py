@@ -34,7 +34,10 @@ _NARROW = "its weights are packed for one kernel; explain the model as it was be
 _ORDERED = "it is quantised for one processor, in a layout of its own; explain the float model"
 _COMPILED = "it holds a network compiled for one processor, which cannot be looked into; explain the original model"
 _COMPLEX = "it computes with complex numbers"
-_UNSEEN = "no classifier has been met with it; explain a layer behind it, or add it as docs/add-an-operator.md shows"
+_UNSEEN = (
+    "no classifier has been met with it; explain a layer behind it, take the model as a --black-box, or add it as "
+    "docs/add-an-operator.md shows"
+)
 _NO_FLOW = "it hands out numbers that nothing seen flows through, and no network of pictures has it"
 
 _BY_REASON: dict[tuple[str, str], str] = {

@@ -81,7 +81,7 @@ def why_not(node: Node) -> str:
     hint = f" (there is one for {near[0]})" if near and near[0] != node.op_type else ""
     return (
         f"node {node.name!r}: no operator for {name} at opset {node.opset}{hint}; explain a layer that lies behind it "
-        "(see `onnxcam layers`), or add the operator as docs/add-an-operator.md shows"
+        "(see `onnxcam layers`), take the model as a --black-box, or add the operator as docs/add-an-operator.md shows"
     )
 
 

@@ -13,6 +13,8 @@ from onnxcam.graph import Graph, Node
 from onnxcam.positions.coordinates import Axes, Coordinate, Field, Outcome, Placed, along, blurred, nowhere
 from onnxcam.positions.rules import RULES
 
+SLIDING = frozenset(("Conv", "QLinearConv", "ConvInteger", "FusedConv"))
+
 
 class Positions:
     """The positions of all tensors of a graph that have kept them.
@@ -39,6 +41,8 @@ class Positions:
         # A quotient of nothing but NaN is NaN, as it should be.
         with np.errstate(invalid="ignore", divide="ignore"):
             for node in graph.nodes:
+                if node.op_type in SLIDING:
+                    self._placed_anew(node)
                 if any(name in self.placed for name in node.inputs):
                     self._node(node)
 
@@ -54,6 +58,19 @@ class Positions:
         field = [np.arange(sizes[axis], dtype=float).reshape(along(len(sizes), axis)) for axis in (0, *axes)]
         self.size = tuple(sizes[axis] for axis in axes)
         self.placed[name] = Placed(sizes, (tuple(field),))
+
+    def _placed_anew(self, node: Node) -> None:
+        """What a convolution slides over lies in places. Where those were lost on the way to it, as behind a cosine
+        transform of blocks, it is taken to cover the whole picture evenly."""
+        if not node.has(0) or node.inputs[0] in self.placed or node.inputs[0] not in self.graph.data:
+            return
+        sizes = self.sizes(node.inputs[0])
+        if sizes is None or len(sizes) != 2 + len(self.size) or sizes[0] != self.batch or prod(sizes[2:]) <= 1:
+            return
+        field = [np.arange(self.batch, dtype=float).reshape(along(len(sizes), 0))]
+        for axis, (cells, pixels) in enumerate(zip(sizes[2:], self.size, strict=True), start=2):
+            field.append(((np.arange(cells) + 0.5) * pixels / cells - 0.5).reshape(along(len(sizes), axis)))
+        self.placed[node.inputs[0]] = Placed(sizes, (tuple(field),))
 
     def _node(self, node: Node) -> None:
         rule = RULES.get(node.op_type)
