@@ -1,7 +1,7 @@
 """A comparison as a figure for print: the picture, then maps, methods or classes down and layers across.
 
 Each map has a scale of its own, since methods share no unit. What colour says is said again by a line around the upper
-half of each map's range, so that the figure can be read in greyscale.
+half of each map's range, fine maps smoothed, so that the figure can be read in greyscale.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "pdf", "svg")
 SIDE = 1.45  # inches of a panel
+OUTLINED = 28  # cells along the shorter side of what a line is drawn around
 TITLE, LABEL = 7.5, 8.0  # points
 STYLE: Any = {"svg.fonttype": "none", "pdf.fonttype": 42, "font.family": "DejaVu Sans", "font.size": TITLE}
 
@@ -80,17 +81,24 @@ def grid(comparison: Comparison) -> Figure:
 
 def _draw(axis: Axes, heat: np.ndarray, photo: object) -> None:
     axis.imshow(np.asarray(blend(photo, heat)))  # type: ignore[arg-type]
-    scaled = normalise(heat)
-    large = upsample(scaled.values, photo.size)  # type: ignore[attr-defined]
-    if large.max() > 0.5:
+    large = upsample(_coarse(normalise(heat).values), photo.size)  # type: ignore[attr-defined]
+    large = large / max(large.max(), 1e-9)
+    if (normalise(heat).values > 0).any():
         for colour, wide in (("black", 1.4), ("white", 0.6)):
             axis.contour(large, levels=[0.5], colors=colour, linewidths=wide)
 
 
+def _coarse(values: np.ndarray) -> np.ndarray:
+    """A fine map as means of blocks: a line around every pixel says nothing."""
+    step = max(1, min(values.shape) // OUTLINED)
+    height, width = (n // step * step for n in values.shape)
+    blocks: np.ndarray = values[:height, :width].reshape(height // step, step, width // step, step).mean((1, 3))
+    return blocks
+
+
 def _row_label(row: Row, several: bool, classes: bool) -> str:
-    parts = [row.method] if several or not classes else []
-    parts += [_short(row.label)] if classes and not several else []
-    return "\n".join(parts)
+    """The method; where it is the same in all rows, the class stands above the picture already."""
+    return row.method if several or not classes else ""
 
 
 def _short(text: str, most: int = 22) -> str:
