@@ -186,7 +186,7 @@ class _Explaining:
         if not others:
             return {}
         figures = {"apart": _apart(found.maps, others[0])}
-        if figures["apart"] > 1e-4:
+        if figures["apart"] > 5e-4:
             figures["rounding"] = self.rounding(engine, found.maps)
         return figures
 
