@@ -1,10 +1,12 @@
 """Draw the pictures of the documentation from the shipped model: `python docs/images/make.py`."""
 
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
 import onnxcam
+from onnxcam.compare import compare
 from onnxcam.render.panel import panel
 
 HERE = Path(__file__).parent
@@ -26,6 +28,13 @@ def main() -> None:
     other = model.explain(picture, targets=["tiger cat", "window screen"])
     drawn = [other.overlay(target=t, size=384, kind="signed") for t in (0, 1)]
     save(panel(drawn, [other.label(0, t) for t in (0, 1)], columns=2), "classes.jpg")
+
+    model.preprocess = model.preprocess.override(resize="warp")
+    methods = ["grad-cam", "relevance-cam", "relevance-map", "clrp1"]
+    found = compare(model, HERE / "cat-and-cup.jpg", methods, ["-3", "-2", "-1"], ["Egyptian cat", "espresso"])
+    drawn_to = BytesIO()
+    found.figure().savefig(drawn_to, format="png", dpi=110)
+    save(Image.open(drawn_to), "two-objects.jpg")
 
 
 def save(image: Image.Image, name: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnxcam.compare import Comparison, Row
 
 FORMATS = ("png", "pdf", "svg")
-SIDE = 1.45  # inches of a panel
+SIDE = 1.45  # inches of a square panel; others have its area
 OUTLINED = 28  # cells along the shorter side of what a line is drawn around
 TITLE, LABEL = 7.5, 8.0  # points
 STYLE: Any = {"svg.fonttype": "none", "pdf.fonttype": 42, "font.family": "DejaVu Sans", "font.size": TITLE}
@@ -49,7 +49,8 @@ def grid(comparison: Comparison) -> Figure:
     rows, columns = len(comparison.rows), len(comparison.columns) + 1
     several = len({row.method for row in comparison.rows}) > 1
     classes = len({row.label for row in comparison.rows}) > 1
-    width, height = SIDE, SIDE * photo.height / photo.width
+    shape = (photo.width / photo.height) ** 0.5
+    width, height = SIDE * shape, SIDE / shape
     with rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
         figure = Figure(figsize=(columns * width + 0.9, rows * height + 0.75), layout=layout)
