@@ -27,7 +27,7 @@ from onnxcam.cli.methods import cost, needs
 from onnxcam.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_methods.py", "test_methods_of_many_passes.py", "test_rollout.py", "test_contrast.py")
+TESTS = ("test_methods.py", "test_methods_of_many_passes.py", "test_rollout.py", "test_contrast.py", "test_zennit.py")
 MODELS = ("resnet50", "efficientnet-lite0")
 LONG = 10.0  # seconds
 PREFIX = "error of "  # of what the tests report

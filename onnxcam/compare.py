@@ -128,7 +128,7 @@ def compare(
     if not made:
         raise UsageError(notes[0] if notes else "there is nothing to compare")
     first = made[0]
-    columns = [(name, _size(name, found)) for name in named]
+    columns = [_column(name, found) for name in named]
     rows = []
     for t in range(first.targets.shape[1]):
         for chosen in listed:
@@ -156,8 +156,11 @@ def _at(
     return found
 
 
-def _size(name: str, found: Mapping[tuple[str, str], Explanation | str]) -> str:
+def _column(name: str, found: Mapping[tuple[str, str], Explanation | str]) -> tuple[str, str]:
+    """What a layer is called in the figure, and the size of its maps: a number or a keyword says little."""
     for (_, layer), e in found.items():
         if layer == name and not isinstance(e, str):
-            return "x".join(map(str, e.maps[name].shape[2:]))
-    return ""
+            place = e.layers[name]
+            title = name if name in (INPUT, place.tensor, place.path) else place.node
+            return title, "x".join(map(str, e.maps[name].shape[2:]))
+    return name, ""
