@@ -20,6 +20,7 @@ from onnxcam.named import named
 from onnxcam.operators.kinds import At, Operator, Relevances, Share
 from onnxcam.operators.roles import leaves_signed
 from onnxcam.rules import (
+    Absolute,
     AlphaBeta,
     Epsilon,
     EqualShares,
@@ -28,6 +29,7 @@ from onnxcam.rules import (
     LinearRule,
     Pass,
     Proportional,
+    Relative,
     SameSign,
     SignalTakesAll,
     Taylor,
@@ -184,6 +186,13 @@ COMPOSITES: dict[str, Composite] = {
             _lrp(AlphaBeta(2.0, 1.0, "absorb", ZENNIT_EPS), _NORM, Proportional(ZENNIT_EPS)),
             by_op={"Gemm": Epsilon(ZENNIT_EPS), "MatMul": Epsilon(ZENNIT_EPS)},
             about="epsilon for dense layers, alpha 2 beta 1 for convolutions (zennit's EpsilonAlpha2Beta1)",
+        ),
+        Composite(
+            "rap",
+            _lrp(Relative(), Epsilon(0.0, "ignore"), Proportional()),
+            first=ZBox(eps=ZENNIT_EPS),
+            last=Absolute(),
+            about="relative attributing propagation: little influence counts against, the sum stays (Nam et al. 2020)",
         ),
         Composite(
             "gradient",

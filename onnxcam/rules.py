@@ -228,6 +228,46 @@ class Gamma(LinearRule):
 
 
 @dataclass(frozen=True)
+class Absolute(LinearRule):
+    """Shares by the sizes of contributions, |x| |W|, whatever their signs: the first step of RAP (Nam et al. 2020)."""
+
+    eps: float = 0.0
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        size = None if f.weight is None else f.part("size", f.ops.abs)
+        return share(f, r, [(f.ops.abs(f.x), size)], None, self.eps, 1)
+
+
+@dataclass(frozen=True)
+class Relative(LinearRule):
+    """RAP: contributions that count for little turn negative, and the sum is kept (Nam et al. 2020).
+
+    Positive relevance is shared by the positive contributions, negative relevance by the sizes of the negative ones,
+    and both once more by the sizes of the negative ones as a part of all; then every input that got anything gives back
+    the same amount, so that what came is what goes. With inputs that are not negative this is the authors' code for
+    convolutions (theirs for dense layers hands negative relevance to the positive contributions, which we do not).
+    """
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        ops, same, opposite = f.ops, same_sign(f), opposite_sign(f)
+        active = forward(f, same)
+        out = carry_back(f, quotient(ops, ops.positive(r), active, 0.0, 1), same)
+        if opposite:
+            inhibiting = -forward(f, opposite)
+            s = quotient(ops, r, active + inhibiting, 0.0, 1) + quotient(ops, ops.negative(r), inhibiting, 0.0, 1)
+            out = out - carry_back(f, s, opposite)
+        reached = ops.mask(ops.abs(out) > 0)
+        excess = _total(ops, out) - _total(ops, r)
+        each = excess / (_total(ops, reached) + ops.tiny)
+        return out - reached * ops.reshape(each, (out.shape[1], *(1,) * (out.ndim - 2)))
+
+
+def _total(ops: Any, r: Array) -> Array:
+    """(T, N, ...) summed for each target and image."""
+    return ops.sum(r, tuple(range(2 - r.ndim, 0)))
+
+
+@dataclass(frozen=True)
 class WSquare(LinearRule):
     """Shares by squared weights, whatever the input is: for unbounded inputs (Montavon et al. 2017)."""
 

@@ -6,6 +6,7 @@ Oracles: explicit matrices in float64 for a network of two dense maps written ou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -134,3 +135,41 @@ def test_concepts_that_are_not_there_are_refused(concepts: dict[str, list[int]],
 def test_concepts_need_relevance() -> None:
     with pytest.raises(UsageError, match="method rise carries no relevance"):
         explained("rise", "x", "onnx", concepts={"a": [1]})
+
+
+def rap(target: int) -> np.ndarray:
+    """Relevance of the input (N, 3, h, w), by loops over units, as the paper and its code have it.
+
+    Dense: the sizes of contributions share the logit. Convolution with inputs p >= 0, P = p w+ and N = -p w-: R+ shared by
+    P / sum P and by N / sum(P + N), R- by N / sum N and by N / sum(P + N); then shifted.
+    """
+    p = {k: v.astype(np.float64) for k, v in parts().items()}
+    x, w = p["x"], p["w"][:, :, 0, 0]
+    a = np.maximum(np.einsum("nchw,kc->nkhw", x, w), 0)
+    s = a.sum((2, 3))
+    size = np.abs(s * p["v"][:, target])
+    r_s = size / size.sum(1, keepdims=True) * (s @ p["v"])[:, target][:, None]
+    r_a = a / np.maximum(s, 1e-30)[:, :, None, None] * r_s[:, :, None, None]
+    out = np.zeros_like(x)
+    for n, h, v in np.ndindex(x.shape[0], *x.shape[2:]):
+        for j in range(6):
+            r, one = r_a[n, j, h, v], x[n, :, h, v]
+            positive, negative = one * np.maximum(w[j], 0), -one * np.minimum(w[j], 0)
+            out[n, :, h, v] += max(r, 0) * positive / max(positive.sum(), 1e-30)
+            out[n, :, h, v] += min(r, 0) * negative / max(negative.sum(), 1e-30)
+            out[n, :, h, v] += r * negative / max((positive + negative).sum(), 1e-30)
+    reached = out != 0
+    excess = (out.sum((1, 2, 3)) - r_a.sum((1, 2, 3))) / reached.sum((1, 2, 3))
+    return out - reached * excess[:, None, None, None]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rap_turns_little_influence_negative_and_keeps_the_sum(within: Within, engine: str) -> None:
+    """The first linear rule, a box, is taken out: the oracle is of the rule for all the other convolutions."""
+    rules = replace(onnxcam.COMPOSITES["rap"], first=None)
+    found = explained("rap", "x", engine, composite=rules)
+    expected = [rap(c).sum(1) for c in (1, 3)]
+    within("rap", "loops over units", found, np.stack(expected, 1))
+    assert (found < 0).any() and (found > 0).any()
+    z = logits()[:, [1, 3]]
+    np.testing.assert_allclose(found.sum((2, 3)), z, rtol=1e-4)

@@ -26,6 +26,7 @@ def entries(name: str, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
         out[t, n, k] = {
             "one-hot": 1.0 if k == c else 0.0,
             "logit": z[k] if k == c else 0.0,
+            "others": 0.0 if k == c else abs(z[k]),
             "contrast": 1.0 if k == c else -1 / classes,
             "centred": (1.0 if k == c else 0.0) - 1 / classes,
             "softmax-gradient": p[c] * (1 - p[c]) if k == c else -p[c] * p[k],

@@ -87,6 +87,15 @@ METHODS: dict[str, Method] = {
             "LRP from the gradient of the class probability: other classes count against it (Iwana et al. 2019)",
             vectors=True,
         ),
+        Method(
+            "rap",
+            lrp.combine,
+            "rap",
+            "logit",
+            False,
+            "relevance in which little influence counts against the class; take --layer input (Nam et al. 2020)",
+            vectors=True,
+        ),
         combined.Contrasted(
             "clrp1",
             raw,

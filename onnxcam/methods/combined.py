@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from onnxcam.errors import UsageError
 from onnxcam.methods.base import Method, raw_of
 from onnxcam.methods.upsample import upsampled
 
@@ -85,6 +86,8 @@ class _Contrasted:
 
     def run(self, feeds: Mapping[str, Array], codes: Codes) -> Batch:
         own = self.own.run(feeds, codes)
+        if own.logits.shape[1] == 1:
+            raise UsageError("contrastive relevance weighs a class against others, and the model has a single logit")
         dual = self.dual.run(feeds, own.targets)
         self.providers, self.notes = self.own.providers, self.own.notes
         maps = {name: np.maximum(_share(r.sum(2)) - _share(dual.maps[name].sum(2)), 0) for name, r in own.maps.items()}
@@ -110,7 +113,6 @@ class FullGrad(Method):
 
 class _FullGrad:
     def __init__(self, method: Method, means: Means):
-        from onnxcam.errors import UsageError
         from onnxcam.layers import Layer
 
         self.means, job = means, means.job
