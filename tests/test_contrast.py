@@ -140,8 +140,8 @@ def test_concepts_need_relevance() -> None:
 def rap(target: int) -> np.ndarray:
     """Relevance of the input (N, 3, h, w), by loops over units, as the paper and its code have it.
 
-    Dense: the sizes of contributions share the logit. Convolution with inputs p >= 0, P = p w+ and N = -p w-: R+ shared by
-    P / sum P and by N / sum(P + N), R- by N / sum N and by N / sum(P + N); then shifted.
+    Dense: the sizes of contributions share the logit. Convolution with inputs p >= 0, P = p w+ and N = -p w-: R+ shared
+    by P / sum P and by N / sum(P + N), R- by N / sum N and by N / sum(P + N); then shifted.
     """
     p = {k: v.astype(np.float64) for k, v in parts().items()}
     x, w = p["x"], p["w"][:, :, 0, 0]
