@@ -145,6 +145,21 @@ def _follow(found: Canonical, rules: Composite) -> Check:
     return Check(found.logits, rules.name, rows)
 
 
+def unreached(layer: str, rules: Composite, graph: Graph) -> str:
+    """What to say of a layer that no relevance reaches."""
+    loops = [node for node in graph.nodes if node.op_type in ("Loop", "Scan")]
+    if loops:
+        return (
+            f"no relevance reaches layer {layer!r}: node {loops[-1].name!r} ({loops[-1].op_type}) lies between it and "
+            "the logits, and what goes round in a loop is not followed; name a layer behind it, or take the model as a "
+            "--black-box"
+        )
+    return (
+        f"no relevance reaches layer {layer!r} by the rules of {rules.name!r}: it weighs what is seen, as a gate or a "
+        "statistic does; name a layer before or behind it"
+    )
+
+
 def reached(graph: Graph, logits: str, rules: Composite) -> set[str]:
     """The tensors between the inputs and `logits` that relevance comes to by these rules.
 

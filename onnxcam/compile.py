@@ -20,7 +20,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcam.box import blank, boxed
 from onnxcam.canonise.order import tidy
-from onnxcam.check import why_no_logits
+from onnxcam.check import unreached, why_no_logits
 from onnxcam.composites import Composite, composite as find_composite, suited
 from onnxcam.dequantised import along, parts
 from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
@@ -325,7 +325,7 @@ def record(
     names: dict[str, str] = {}
     for name, layer in layers.items():
         if layer.tensor not in flow.relevance:
-            raise ModelError(unreached(name, rules))
+            raise ModelError(unreached(name, rules, graph))
         at_layer = flow.relevance[layer.tensor]
         activation = layer.activation(ops, values.array(layer.tensor))
         heat = method.combine(ops, activation, layer.relevance(ops, at_layer))
@@ -368,14 +368,6 @@ def forget_unused_domains(proto: onnx.ModelProto) -> None:
     kept = [entry for entry in proto.opset_import if entry.domain in used]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)
-
-
-def unreached(layer: str, rules: Composite) -> str:
-    """What to say of a layer that no relevance reaches."""
-    return (
-        f"no relevance reaches layer {layer!r} by the rules of {rules.name!r}: it weighs what is seen, as a gate or a "
-        "statistic does; name a layer before or behind it"
-    )
 
 
 def _raised(graph: Graph) -> tuple[Graph, list[str]]:

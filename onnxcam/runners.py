@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 
 from onnxcam.cache import DiskCache, code_stamp, digest, frozen
-from onnxcam.check import no_classifier
-from onnxcam.compile import BALANCE, record, unreached
+from onnxcam.check import no_classifier, unreached
+from onnxcam.compile import BALANCE, record
 from onnxcam.composites import Composite
 from onnxcam.engines.array import ArrayOps
 from onnxcam.engines.reference import ReferenceSession
@@ -112,7 +112,7 @@ class ArrayRunner:
         maps, sums = {}, {}
         for layer_name, layer in job.layers.items():
             if layer.tensor not in flow.relevance:
-                raise ModelError(unreached(layer_name, job.rules))
+                raise ModelError(unreached(layer_name, job.rules, job.canonical.graph))
             at_layer = flow.relevance[layer.tensor]
             activation = layer.activation(ops, ops.asarray(taps[layer.tensor]))
             heat = job.method.combine(ops, activation, layer.relevance(ops, at_layer))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from walking import network
 
+import onnxcam
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.model import load
 from small_nets import NETS, resnet
@@ -77,3 +79,31 @@ def test_multiply_adds_are_counted_by_hand():
 def test_an_unknown_composite_is_the_users_mistake():
     with pytest.raises(UsageError, match="no composite named 'epsilon'"):
         load(resnet()).check("epsilon")
+
+
+def test_a_loop_that_relevance_does_not_pass_is_named():
+    """Older Keras writes recurrent layers as Loops, which read what they need past their inputs."""
+    graph = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> network (float[N,4,3] x) => (float[N,3] y)
+        <int64 trips = {4}, bool go = {1}> {
+            zero = ReduceSum<keepdims=0>(x, axis)
+            begun = Mul(zero, naught)
+            last = Loop (trips, go, begun) <body = step (int64 i, bool c, float[N,3] h) => (bool d, float[N,3] g) {
+                d = Identity(c)
+                row = Gather<axis=1>(x, i)
+                g = Add(h, row)
+            }>
+            r = Relu(last)
+            y = MatMul(r, w)
+        }"""
+    )
+    graph.graph.initializer.extend(
+        [
+            onnx.numpy_helper.from_array(np.int64([1]), "axis"),
+            onnx.numpy_helper.from_array(np.float32(0), "naught"),
+            onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32), "w"),
+        ]
+    )
+    x = np.ones((1, 4, 3), np.float32)
+    with pytest.raises(ModelError, match=r"Loop"):
+        onnxcam.load(graph, preprocess="none").explain(x, "input", method="lrp")

@@ -28,7 +28,8 @@ def test_a_composite_prints_as_a_table_of_all_its_rules(name: str) -> None:
     c = COMPOSITES[name]
     head, *rows = str(c).splitlines()
     assert head == f"{name}: {c.about}"
-    assert [row.split()[0] for row in rows] == [*KINDS, *c.by_op, *(["first"] if c.first else [])]
+    ends = [name for name, rule in (("first", c.first), ("last", c.last)) if rule]
+    assert [row.split()[0] for row in rows] == [*KINDS, *c.by_op, *ends]
     assert "0x" not in str(c), "functions print as addresses"
 
 

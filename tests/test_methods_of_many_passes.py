@@ -34,9 +34,9 @@ Within = Callable[..., None]
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, stride: int = 2) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.stem = nn.Conv2d(3, 8, 3, stride, 1)
         self.act1 = nn.ReLU()
         self.conv = nn.Conv2d(8, 12, 3, 1, 1)
         self.act2 = nn.ReLU()
@@ -113,6 +113,8 @@ def test_maps_are_enlarged_as_torch_enlarges_them() -> None:
     maps = np.random.default_rng(0).standard_normal((2, 3, 5, 7))
     for size in ((20, 26), (5, 7), (3, 4), (1, 50)):
         np.testing.assert_allclose(upsampled(maps, size), enlarged(maps, size), atol=1e-12)
+    part = upsampled(maps, (20, 26), (3, 5), (10, 12))
+    np.testing.assert_allclose(part, enlarged(maps, (20, 26))[..., 3:13, 5:17], atol=1e-12)
 
 
 # -- averages of gradients ---------------------------------------------------------------------------------------
@@ -276,14 +278,17 @@ def test_score_cam_weighs_channels_by_the_logits_behind_their_masks(within: With
 
 
 def test_score_cam_is_that_of_torch_cam(within: Within) -> None:
+    """At a layer of the input's size: elsewhere torch-cam scales masks before it enlarges them, the paper after."""
     peer = pytest.importorskip("torchcam.methods")
-    _, x, network = setting()
+    x, network = setting()[1], load_seeded(Net(stride=1))
+    model = onnxcam.load(export(network, x, "torchscript"), preprocess="none")
+    maps = model.explain(x, STEM, CLASSES, method="score-cam").maps[STEM]
+    network = network.double()
     for c in CLASSES:
         with peer.ScoreCAM(network, "act1", input_shape=x.shape[1:]) as extractor:
             network(double(x))
             (expected,) = extractor(c, normalized=False)
-        found = ours("score-cam", STEM)[:, CLASSES.index(c)]
-        within("score-cam", "torch-cam", found, expected.detach().numpy())
+        within("score-cam", "torch-cam", maps[:, CLASSES.index(c)], expected.detach().numpy())
 
 
 @pytest.mark.parametrize("layer", [STEM, BODY])

@@ -139,9 +139,8 @@ class Rise(BlackBox):
         made = []
         for k in range(begin, stop):
             rng = np.random.default_rng([self.seed, k])
-            field = upsampled((rng.random(coarse) < self.keep).astype(np.float64), [n * cell for n in coarse])
-            corner = [int(rng.integers(0, cell)) for _ in grid]
-            made.append(field[tuple(slice(at, at + n) for at, n in zip(corner, grid, strict=True))])
+            field = (rng.random(coarse) < self.keep).astype(np.float32)
+            made.append(upsampled(field, [n * cell for n in coarse], [int(rng.integers(0, cell)) for _ in grid], grid))
         return np.stack(made)
 
     def explain(self, means: Means, grid: tuple[int, ...], classes: Array, logits: Array, masked: Masked) -> Array:
@@ -215,5 +214,6 @@ def shown(x: Array, masks: Array, layer: Layer, value: float = 0.0) -> Array:
             f"input {layer.tensor!r} is neither (N, C, *spatial) nor (N, *spatial, C): it cannot be masked"
         )
     kept = np.expand_dims(masks, axis) if masks.ndim < x.ndim else masks
-    mixed = value + kept * (x.astype(np.float64) - value)
-    return np.asarray((np.round(mixed) if x.dtype.kind in "iu" else mixed).astype(x.dtype))
+    wide = x.dtype if x.dtype.kind == "f" and x.dtype.itemsize >= 4 else np.dtype(np.float32)
+    mixed = kept.astype(wide) * (x.astype(wide) - wide.type(value)) + wide.type(value)
+    return np.asarray((np.round(mixed) if x.dtype.kind in "iu" else mixed).astype(x.dtype, copy=False))

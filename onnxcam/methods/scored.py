@@ -79,7 +79,7 @@ class ScoreCam(Scored):
         from onnxcam.means import of_class
 
         def masks(begin: int, stop: int) -> Array:
-            part = activation[begin:stop].astype(np.float64)
+            part = activation[begin:stop]
             cells = tuple(range(1, part.ndim))
             part = upsampled(part, sizes(scores.runner.picture))
             low, high = part.min(cells, keepdims=True), part.max(cells, keepdims=True)
