@@ -40,8 +40,9 @@ Written by `python -m benchmarks.methods -o docs/methods-measured.md`. What each
 [methods.md](methods.md).
 
 Error: the largest difference from an independent implementation, relative to the largest value, over all cases of the
-tests; float32 against float64. Time: `Model.explain` on one picture, after the first, as a multiple of plain inference
-by ONNX Runtime; at the last layer, or at the input for methods of the input.
+tests; float32 against float64. Relevance-CAM itself is compared with its authors' maps in
+[evidence-of-correctness.md](evidence-of-correctness.md). Time: `Model.explain` on one picture, after the first, as a
+multiple of plain inference by ONNX Runtime; at the last layer, or at the input for methods of the input.
 """
 
 
