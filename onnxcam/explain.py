@@ -103,8 +103,7 @@ def explain(
         raise UsageError(
             f"method {chosen.name} carries no relevance that could be kept to channels: leave concepts out"
         )
-    typed = _layers(layers)
-    typed = [INPUT] if chosen.at_input and typed == ["auto"] else typed
+    typed = chosen.places(_layers(layers), model)
     share = _Share()
     plans = _Plans(
         model, feeds, typed, chosen, rules, begin, engine, dtype, settings, dict(concepts or {}), batch_size, share.tell

@@ -16,7 +16,7 @@ from PIL import Image
 from onnxcam.errors import UsageError
 from onnxcam.files import safe_name, writable_folder, write_atomically
 from onnxcam.layers import Layer
-from onnxcam.segment import Segment, segment as find_segment
+from onnxcam.segment import Segment, require_outlines, segment as find_segment
 
 if TYPE_CHECKING:
     from onnxcam.model import Model
@@ -240,10 +240,22 @@ class Explanation:
             UsageError: there is no picture, or the map is none in two dimensions.
         """
         name = layer if layer is not None else next(iter(self.maps))
-        view, heat = self.pictures[image].view, self.maps[name][image, target]
-        if view is None or heat.ndim != 2:
-            raise UsageError("there is no picture to segment: the input was an array, or the map is no image")
-        return find_segment(heat, (view.height, view.width), quantile)
+        self._require_pictures([name])
+        view = self.pictures[image].view
+        assert view is not None
+        return find_segment(self.maps[name][image, target], (view.height, view.width), quantile)
+
+    def _require_pictures(self, layers: Sequence[str] | None = None) -> None:
+        """Refuse to segment where there is no picture, or no map of it.
+
+        Raises:
+            UsageError: says which, or that outlines cannot be drawn.
+        """
+        if not all(picture.drawable for picture in self.pictures):
+            raise UsageError("there is no picture to segment: the input was an array")
+        if flat := [name for name in layers or self.maps if self.maps[name].ndim != 4]:
+            raise UsageError(f"there is no map to segment at layer {flat[0]!r}")
+        require_outlines()
 
     def save(
         self,
@@ -264,6 +276,8 @@ class Explanation:
         Raises:
             UsageError: the folder cannot be written to.
         """
+        if segments:
+            self._require_pictures()
         folder = writable_folder(out)
         (folder / "manifest.json").unlink(missing_ok=True)  # it would not be true of what is written from here on
         written: list[Path] = []

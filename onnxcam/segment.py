@@ -7,6 +7,7 @@ in the Relevance-CAM authors' code, or a quantile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,9 @@ class Segment:
         Raises:
             UsageError: contourpy is not installed.
         """
-        try:
-            from contourpy import contour_generator
-        except ImportError:
-            raise UsageError("outlines need contourpy: pip install 'onnxcam[report]'") from None
+        require_outlines()
+        from contourpy import contour_generator
+
         framed = np.pad(self.mask.astype(np.float64), 1)
         lines = contour_generator(z=framed).lines(0.5)
         # A cell's centre lies half a pixel from its corner, and the frame is one pixel wide.
@@ -69,6 +69,16 @@ class Segment:
             "segmentation_rle": self.rle(),
             "segmentation": self.polygons(),
         }
+
+
+def require_outlines() -> None:
+    """Refuse to go on without what outlines are drawn by.
+
+    Raises:
+        UsageError: contourpy is not installed.
+    """
+    if find_spec("contourpy") is None:
+        raise UsageError("outlines need contourpy: pip install 'onnxcam[report]'")
 
 
 def parse(text: str) -> float | None:

@@ -112,3 +112,19 @@ def test_a_layer_of_tokens_is_not_ablated() -> None:
     x = RNG.standard_normal((1, 3, 8, 8)).astype(np.float32)
     with pytest.raises(UsageError, match=r"ablation-cam changes layers \(N, C, \*spatial\)"):
         onnxcam.load(proto, preprocess="none").explain(x, "r", method="ablation-cam")
+
+
+@pytest.mark.parametrize("method", ["occlusion", "rise", "smoothgrad", "fullgrad", "saliency"])
+def test_of_several_inputs_the_one_that_pictures_go_to_is_varied(method: str) -> None:
+    body = BODY.replace("h = MatMul(f, d)", "j = Add(f, facts) h = MatMul(j, d)")
+    proto = network(
+        f"(float[N,3,12,14] x, float[N,4] facts) => (float[N,5] y) {{ p = Identity(x) {body} }}",
+        w=W,
+        d=D,
+        small=np.float32(0.01),
+    )
+    loaded = onnxcam.load(proto, preprocess="none")
+    facts = RNG.standard_normal((2, 4)).astype(np.float32)
+    options = {"occlusion": {"stride": 0.3}, "rise": {"samples": 5}, "smoothgrad": {"samples": 2}}.get(method, {})
+    e = loaded.explain({"x": X, "facts": facts}, targets=[1], method=method, options=options)
+    assert "x" in e.maps and e.maps["x"].shape == (2, 1, 12, 14)

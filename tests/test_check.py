@@ -8,6 +8,7 @@ import pytest
 from walking import network
 
 import onnxcam
+from onnxcam.check import unreached
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.model import load
 from small_nets import NETS, resnet
@@ -86,8 +87,9 @@ def test_a_loop_that_relevance_does_not_pass_is_named():
     graph = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["": 17]> network (float[N,4,3] x) => (float[N,3] y)
         <int64 trips = {4}, bool go = {1}> {
-            zero = ReduceSum<keepdims=0>(x, axis)
-            begun = Mul(zero, naught)
+            images = Shape<start=0, end=1>(x)
+            state = Concat<axis=0>(images, three)
+            begun = Expand(naught, state)
             last = Loop (trips, go, begun) <body = step (int64 i, bool c, float[N,3] h) => (bool d, float[N,3] g) {
                 d = Identity(c)
                 row = Gather<axis=1>(x, i)
@@ -99,11 +101,15 @@ def test_a_loop_that_relevance_does_not_pass_is_named():
     )
     graph.graph.initializer.extend(
         [
-            onnx.numpy_helper.from_array(np.int64([1]), "axis"),
+            onnx.numpy_helper.from_array(np.int64([3]), "three"),
             onnx.numpy_helper.from_array(np.float32(0), "naught"),
             onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32), "w"),
         ]
     )
     x = np.ones((1, 4, 3), np.float32)
-    with pytest.raises(ModelError, match=r"Loop"):
-        onnxcam.load(graph, preprocess="none").explain(x, "input", method="lrp")
+    model = onnxcam.load(graph, preprocess="none")
+    with pytest.raises(ModelError, match=r"node 'Loop_0': no operator for Loop .* runs a graph again and again"):
+        model.explain(x, "input", method="lrp", engine="numpy")
+    # Where nothing but the number of images goes in by the Loop's inputs, relevance ends before it is asked for.
+    said = unreached("input", onnxcam.COMPOSITES["relevance_cam"], model.canonical().graph)
+    assert "node 'Loop_0' (Loop) lies between it and the logits" in said and "--black-box" in said

@@ -590,6 +590,7 @@ def test_a_model_with_an_op_that_nobody_knows_is_explained_as_a_black_box(place,
         (("--concept", "A2=x"), "write LAYER=CHANNEL"),
         (("--concept", "A2=99"), "layer 'A2' has channels 0 to"),
         (("--segment", "half"), "mean-std or a quantile"),
+        (("--segment", "-m", "channel-relevance"), "there is no map to segment at layer 'auto'"),
     ],
 )
 def test_options_of_methods_that_mean_nothing_are_refused(place, tmp_path, capsys, arguments, message):
@@ -613,6 +614,13 @@ def test_segments_are_written_beside_the_maps(place, tmp_path, capsys):
     mask = np.asarray(Image.open(tmp_path / files["mask"])) > 0
     assert found["class"] == 1 and found["area"] == mask.sum() and found["size"] == list(mask.shape)
     assert 0.2 < mask.mean() < 0.35
+
+
+def test_an_array_is_not_segmented(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("explain", "good.onnx", "--input", "images.npy", "--segment", "-o", str(out)) == 2
+    assert "there is no picture to segment: the input was an array" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])

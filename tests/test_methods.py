@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from oracles.torch_models import export, load_seeded
@@ -162,3 +163,16 @@ def test_cam_is_refused_where_the_classifier_has_no_weights_for_channels(layer: 
         model.explain(x, layer, method="cam")
     with pytest.raises(UsageError, match="method cam means nothing"):
         onnxcam.compile(model, [layer], method="cam")
+
+
+@pytest.mark.parametrize("method", ["saliency", "guided-backprop"])
+def test_a_compiled_model_explains_the_layer_that_explain_does(method: str) -> None:
+    """By default the input, for methods that are meant for it."""
+    model, x, _, _ = setting()
+    compiled = onnxcam.compile(model, targets=CLASSES, method=method)
+    session = ort.InferenceSession(compiled.to_bytes(), providers=["CPUExecutionProvider"])
+    (name,) = compiled.maps.values()
+    (found,) = session.run([name], {model.spec.name: x})
+    e = model.explain(x, targets=CLASSES, method=method)
+    assert list(e.maps) == ["input"] and e.maps["input"].shape == (2, 2, 20, 26)
+    assert relative(found, e.maps["input"]) <= 1e-5

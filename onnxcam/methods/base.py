@@ -6,7 +6,7 @@ walks, taps and forward passes (`runners.Means`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from onnxcam.graph import Graph
 if TYPE_CHECKING:
     from onnxcam.layers import Layer
     from onnxcam.means import Means
+    from onnxcam.model import Model
     from onnxcam.runners import Runner
 
 Array = Any
@@ -66,6 +67,13 @@ class Method:
         for name, layer in layers.items():
             if self.needs is not None and (why := self.needs(graph, layer.tensor, logits)):
                 raise UsageError(f"method {self.name} means nothing at layer {name!r}: {why}")
+
+    def places(self, typed: Sequence[Any], model: Model) -> list[Any]:
+        """The layers that are meant where none was named: the input, for a method that is meant for that; of several
+        inputs the one that pictures go to."""
+        if not self.at_input or list(typed) != ["auto"]:
+            return list(typed)
+        return [INPUT] if len(model.inputs) == 1 else [model.spec.name]
 
     def runner(self, means: Means) -> Runner:
         """Who computes it."""

@@ -1,0 +1,279 @@
+"""Measure methods and layers over a set of pictures: one row for each picture, method, layer and metric.
+
+Rows are written picture by picture, so memory does not grow with the set, and a run that was interrupted goes on where
+it stopped. Beside the methods stand three maps that know nothing of the model: the centre, smooth noise and edges. What
+does not beat those says nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcam.engines.session import RuntimeSession, Settings
+from onnxcam.errors import ModelError, UsageError
+from onnxcam.evaluation.examples import Example
+from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
+from onnxcam.files import writable_folder, write_atomically
+from onnxcam.means import of_class, probabilities
+from onnxcam.methods import INPUT, Method, method as find_method
+from onnxcam.methods.upsample import upsampled
+from onnxcam.model import Model
+from onnxcam.named import named
+from onnxcam.pictures import open_image
+from onnxcam.runners import as_rows
+from onnxcam.taps import expose
+
+COLUMNS = ("image", "class", "label", "object", "method", "layer", "map", "metric", "value")
+VALUES, SETTINGS = "values.csv", "settings.json"
+FLOORS = ("centre", "noise", "edges")
+TARGETS = ("predicted", "label")
+STEP = 16  # versions of a picture in one run
+SMALL, LARGE = 0.1, 0.4  # part of the picture that an object covers, from which on it is no longer small, and is large
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: the folder with `values.csv`, and how many pictures it has now."""
+
+    folder: Path
+    pictures: int
+    skipped: dict[str, str]
+
+    @cached_property
+    def rows(self) -> list[dict[str, str]]:
+        """All values, as they stand in the file."""
+        with (self.folder / VALUES).open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+
+
+def evaluate(
+    model: Model,
+    examples: Sequence[Example],
+    methods: Sequence[str | Method] = ("grad-cam", "layercam", "relevance-cam", "relevance-map"),
+    layers: Sequence[str | int] = ("suggested",),
+    metrics: Sequence[str] = DEFAULT,
+    out: str | Path = "onnxcam-evaluation",
+    *,
+    floors: bool = True,
+    target: str = "predicted",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+    **how: Any,
+) -> Evaluation:
+    """Explain every picture by every method at every layer, and measure the maps.
+
+    Args:
+        model: from `onnxcam.load`.
+        examples: pictures with what is known of them; metrics that need a truth are left out where there is none.
+        methods, layers: as for `explain`; methods of the input explain that.
+        metrics: names of `MEASURES`.
+        out: the folder; one that holds part of the same run is gone on with.
+        floors: measure the maps that know nothing, too.
+        target: which class is explained: "predicted", or "label" where it is known.
+        options: of methods, by name.
+        progress: called with (done, total) pictures.
+        threads, how: more for `explain`.
+
+    Raises:
+        UsageError: something means nothing, or the folder holds another run.
+        ModelError: as `explain`.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"the class that is explained is {' or '.join(TARGETS)}, not {target!r}")
+    if target == "label" and any(e.label is None for e in examples):
+        missing = next(e for e in examples if e.label is None)
+        raise UsageError(f"the class of {missing.path.name} is not known: give --labels, or explain what is predicted")
+    chosen = [find_method(m) for m in methods]
+    measures = [named("metric", name, MEASURES) for name in metrics]
+    names = list(model.resolve(list(layers)))
+    folder = writable_folder(out)
+    settings = {
+        "model": model.sha256,
+        "methods": [[m.name, dict((options or {}).get(m.name, {}))] for m in chosen],
+        "layers": names,
+        "metrics": [m.name for m in measures],
+        "floors": floors,
+        "target": target,
+        "how": {key: str(value) for key, value in sorted(how.items())},
+    }
+    done = _begun(folder, settings)
+    skipped: dict[str, str] = {}
+    scorer = Scorer(model, Settings.of(how.get("providers", "cpu"), threads))
+    with (folder / VALUES).open("a", newline="", encoding="utf-8") as stream:
+        for count, example in enumerate(examples):
+            if str(example.path) not in done:
+                try:
+                    rows = list(
+                        _measured(model, scorer, example, chosen, names, measures, floors, target, options or {},
+                                  dict(how, threads=threads))
+                    )  # fmt: skip
+                except UsageError as error:
+                    if example.path.exists() and len(examples) > 1 and _is_about(error, example):
+                        skipped[str(example.path)] = str(error)
+                        rows = []
+                    else:
+                        raise
+                stream.write(_lines(rows))  # a picture's rows at once, so that none is there in part
+                stream.flush()
+            if progress is not None:
+                progress(count + 1, len(examples))
+    return Evaluation(folder, len({str(e.path) for e in examples} - set(skipped)), skipped)
+
+
+def _is_about(error: UsageError, example: Example) -> bool:
+    """True where a picture is at fault, not what was asked for."""
+    return example.path.name in str(error)
+
+
+def _begun(folder: Path, settings: Mapping[str, Any]) -> set[str]:
+    """The pictures that the folder has values of; what an interruption left in part is taken away.
+
+    Raises:
+        UsageError: the values are of another run.
+    """
+    values, known = folder / VALUES, folder / SETTINGS
+    if known.exists():
+        if json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
+            raise UsageError(f"{folder} holds values of another model or other settings: give another folder")
+    elif values.exists():
+        raise UsageError(f"{values} is of no run of onnxcam: give another folder")
+    write_atomically(known, lambda s: s.write((json.dumps(settings, indent=2) + "\n").encode()))
+    if not values.exists():
+        write_atomically(values, lambda s: s.write((",".join(COLUMNS) + "\n").encode()))
+        return set()
+    text = values.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    rows = list(csv.DictReader(io.StringIO(whole)))
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["image"]] = counts.get(row["image"], 0) + 1
+    last = rows[-1]["image"] if rows else None
+    if last is not None and (whole != text or counts[last] < max(counts.values())):
+        # Fewer rows than others may also be for want of a truth: then they are measured again, and come out the same.
+        rows = [row for row in rows if row["image"] != last]
+        kept = ",".join(COLUMNS) + "\n" + _lines([[row[c] for c in COLUMNS] for row in rows])
+        write_atomically(values, lambda s: s.write(kept.encode()))
+        counts.pop(last)
+    return set(counts)
+
+
+def _lines(rows: Sequence[Sequence[Any]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
+
+
+class Scorer:
+    """Scores of versions of a picture, by forward passes of the model."""
+
+    def __init__(self, model: Model, settings: Settings):
+        self.model, self.settings = model, settings
+
+    def logits(self, versions: np.ndarray) -> np.ndarray:
+        """(count, C, H, W) to (count, K)."""
+        spec = self.model.spec
+        size = versions.shape[2:]
+        canonical = self.model.canonical(size)
+        key = ("logits", canonical.key, self.settings)
+        session: RuntimeSession = canonical.sessions.get(
+            key, lambda: RuntimeSession(expose(canonical.graph, [canonical.logits]), [canonical.logits], self.settings)
+        )
+        step, found = spec.batch or STEP, []
+        for begin in range(0, len(versions), step):
+            rows = versions[begin : begin + step]
+            full = np.concatenate([rows, np.repeat(rows[-1:], step - len(rows), axis=0)]) if spec.batch else rows
+            array = full.transpose(0, 2, 3, 1) if spec.layout == "NHWC" else full
+            array = np.round(array) if spec.is_integer else array
+            values = session.run({spec.name: np.ascontiguousarray(array.astype(spec.dtype))})[canonical.logits]
+            logits = as_rows(values, len(full))
+            if logits is None:
+                raise ModelError(f"the logits ({canonical.logits!r}) have shape {values.shape}: one row each is wanted")
+            found.append(logits[: len(rows)])
+        return np.concatenate(found)
+
+    def score(self, versions: np.ndarray, target: int, probability: bool) -> np.ndarray:
+        logits = self.logits(versions)
+        if not probability:
+            return of_class(logits, np.array([target]))[:, 0].astype(np.float64)
+        found = probabilities(logits, self.model.canonical(versions.shape[2:]).squash)
+        if found.shape[1] == 1:
+            return found[:, 0] if target == 1 else 1 - found[:, 0]
+        return found[:, target]
+
+
+def _measured(
+    model: Model,
+    scorer: Scorer,
+    example: Example,
+    methods: Sequence[Method],
+    layers: Sequence[str],
+    measures: Sequence[Measure],
+    floors: bool,
+    target: str,
+    options: Mapping[str, Mapping[str, Any]],
+    how: Mapping[str, Any],
+) -> Iterator[list[Any]]:
+    """The rows of one picture."""
+    prepared = model.preprocess.apply(open_image(str(example.path)), model.spec)
+    x = prepared.array[0].astype(np.float64)
+    x = x.transpose(2, 0, 1) if model.spec.layout == "NHWC" else x
+    size = (x.shape[1], x.shape[2])
+    truth, boxes = example.seen(prepared.window, size)
+    logits = scorer.logits(x[None])
+    predicted = int(logits[0].argmax()) if logits.shape[1] > 1 else int(logits[0, 0] > 0)
+    explained = predicted if target == "predicted" or example.label is None else example.label
+    extent = "" if truth is None else _extent(float(truth.mean()))
+    maps: list[tuple[str, str, np.ndarray]] = []
+    for m in methods:
+        places = [INPUT] if m.at_input else list(layers)
+        found = model.explain(
+            str(example.path), places, [explained], method=m, options=options.get(m.name), **how
+        )  # fmt: skip
+        maps += [(m.name, name, heat[0, 0]) for name, heat in found.maps.items()]
+    if floors:
+        maps += [(name, "", heat) for name, heat in baselines(x).items()]
+    for name, layer, heat in maps:
+        if heat.ndim != 2:
+            raise UsageError(f"method {name} gives no map of two dimensions at layer {layer!r}: it cannot be evaluated")
+        case = Case(
+            upsampled(heat.astype(np.float64), size),
+            x,
+            lambda versions: scorer.score(versions, explained, True),
+            lambda versions: scorer.score(versions, explained, False),
+            truth,
+            list(boxes),
+        )
+        for measure in measures:
+            if (measure.truth and truth is None) or (measure.boxes and not boxes):
+                continue
+            shape = "x".join(map(str, heat.shape))
+            label = "" if example.label is None else example.label
+            value = f"{measure.value(case):.8g}"
+            yield [example.path, explained, label, extent, name, layer, shape, measure.name, value]
+
+
+def _extent(part: float) -> str:
+    return "small" if part < SMALL else "large" if part >= LARGE else "medium"
+
+
+def baselines(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Maps (H, W) that know nothing of the model: a Gaussian in the centre, smooth noise, and edges of the picture."""
+    height, width = x.shape[1:]
+    ys, xs = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
+    centre = np.exp(-(ys[:, None] ** 2 + xs[None] ** 2) / (2 * 0.25**2))
+    seed = int(np.abs(x).sum() * 1e3) % 2**32  # the same for a picture in every run
+    noise = upsampled(np.random.default_rng(seed).random((7, 7)), (height, width))
+    grey = np.pad(x.mean(0), 1, mode="edge")
+    down = grey[2:, 1:-1] - grey[:-2, 1:-1]
+    right = grey[1:-1, 2:] - grey[1:-1, :-2]
+    return {"centre": centre, "noise": noise, "edges": np.hypot(down, right)}
