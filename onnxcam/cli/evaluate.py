@@ -1,0 +1,96 @@
+"""`onnxcam evaluate`: which method can be trusted on this model, measured over pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from onnxcam.cli.explain import Bar, add_running, find_pictures
+from onnxcam.cli.options import add_layers, add_model, add_options, add_preprocess, load_model, options_of
+from onnxcam.composites import COMPOSITES
+from onnxcam.errors import UsageError
+from onnxcam.methods import METHODS, method as find_method
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = commands.add_parser("evaluate", help="which method can be trusted here?", description=__doc__)
+    add_model(p)
+    p.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, or folders of them")
+    p.add_argument("--out", "-o", metavar="DIR", default="onnxcam-evaluation", help="where to write, and to go on from")
+    p.add_argument(
+        "--method", "-m", metavar="M", action="append", dest="methods",
+        help=f"repeatable, or with commas: {', '.join(METHODS)} (default: grad-cam, layercam, relevance-cam, "
+        "relevance-map)",
+    )  # fmt: skip
+    add_layers(p, "suggested")
+    p.add_argument(
+        "--metric", metavar="M", action="append", dest="metrics",
+        help="repeatable, or with commas; `--metric list` says which there are",
+    )  # fmt: skip
+    p.add_argument("--target", choices=("predicted", "label"), default="predicted", help="the class that is explained")
+    truth = p.add_argument_group("what is known of the pictures")
+    truth.add_argument("--classes", metavar="FILE", help="a CSV: file, class")
+    truth.add_argument("--boxes", metavar="FILE", help="a CSV: file, x0, y0, x1, y1, in pixels of the picture")
+    truth.add_argument("--masks", metavar="DIR", help="pictures of the same names, white where the object is")
+    truth.add_argument("--coco", metavar="FILE", help="a COCO JSON")
+    truth.add_argument("--voc", metavar="DIR", help="Pascal VOC XML files of the same names")
+    p.add_argument("--composite", "-c", metavar="C", help=f"for methods of relevance: {', '.join(COMPOSITES)}")
+    p.add_argument("--start", metavar="S", help="likewise")
+    p.add_argument("--no-floors", action="store_true", help="leave out the maps that know nothing of the model")
+    add_options(p, "METHOD.NAME=VALUE")
+    add_preprocess(p)
+    add_running(p)
+    p.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from onnxcam.cli.tables import say
+    from onnxcam.evaluation.examples import examples
+    from onnxcam.evaluation.measures import DEFAULT, MEASURES
+    from onnxcam.evaluation.run import evaluate
+    from onnxcam.evaluation.summary import markdown, save, summarise
+    from onnxcam.files import write_atomically
+
+    metrics = _split(arguments.metrics) or list(DEFAULT)
+    if metrics == ["list"]:
+        for measure in MEASURES.values():
+            needs = "boxes" if measure.boxes else "a truth" if measure.truth else ""
+            say(f"{measure.name}: {measure.about}{f'; needs {needs}' if needs else ''}")
+        return 0
+    methods = _split(arguments.methods) or ["grad-cam", "layercam", "relevance-cam", "relevance-map"]
+    options: dict[str, dict[str, str]] = {}
+    for name, value in options_of(arguments).items():
+        method, dot, option = name.partition(".")
+        if not dot:
+            raise UsageError(f"--set {name}={value}: say of which method, {methods[0]}.{name} say")
+        options.setdefault(find_method(method).name, {})[option] = value
+    listed = examples(
+        find_pictures(arguments.images), labels=arguments.classes, boxes=arguments.boxes, masks=arguments.masks,
+        coco=arguments.coco, voc=arguments.voc,
+    )  # fmt: skip
+    model = load_model(arguments)
+    how = {"composite": arguments.composite, "start": arguments.start, "engine": arguments.engine}
+    how |= {"providers": arguments.providers or "cpu", "dtype": arguments.dtype}
+    with Bar(len(listed), "evaluating") as bar:
+        found = evaluate(
+            model, listed, methods, arguments.layers or ["suggested"], metrics, arguments.out,
+            floors=not arguments.no_floors, target=arguments.target, options=options, progress=bar.update,
+            threads=arguments.threads, **how,
+        )  # fmt: skip
+    lines = summarise(found.rows)
+    save(lines, found.folder / "summary.csv")
+    table = markdown(lines)
+    for objects in ("small", "medium", "large"):
+        some = [line for line in summarise(found.rows, objects=objects) if MEASURES[line.metric].better]
+        if some:
+            table += f"\n## Pictures with {objects} objects\n\n{markdown(some)}"
+    write_atomically(found.folder / "summary.md", lambda s: s.write(f"# {model.name}\n\n{table}".encode()))
+    for path, why in found.skipped.items():
+        print(f"onnxcam: warning: {path} is left out: {why}", file=sys.stderr)
+    say(table.split("\n## ")[0].strip())
+    say(f"{found.pictures} pictures; values.csv, summary.csv and summary.md in {found.folder}")
+    return 0
+
+
+def _split(texts: list[str] | None) -> list[str]:
+    return [name for text in texts or [] for name in text.split(",") if name]
