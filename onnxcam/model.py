@@ -7,7 +7,7 @@ and keeps the sessions that were asked of it; nothing of this is global, and the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from onnxcam.own_scaling import pixels_wanted
 from onnxcam.preprocess import Preprocess, choose
 from onnxcam.reading import ReadModel, read
 from onnxcam.signs import nonnegative_tensors
-from onnxcam.weights import attach
+from onnxcam.weights import attach, pieces
 
 if TYPE_CHECKING:
     from onnxcam.check import Check
@@ -297,6 +297,29 @@ class Model:
         reaches = form is None or tensor not in maps.dead(found.logits)
         name, op = (node.name, node.op_type) if node else (tensor, "Input")
         return Layer(None, name, op, tensor, shape, 0, sign, form=form, reaches=reaches)
+
+    def with_weights(self, weights: Mapping[str, np.ndarray]) -> Model:
+        """The same model with other values for some of its initialisers, of the same shapes and types.
+
+        Raises:
+            UsageError: the model has no initialiser of that name, or another shape or type of it.
+        """
+        held = dict(self._read.weights)
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._read.proto)
+        inner = {tensor.name: tensor for tensor in proto.graph.initializer}
+        for name, values in weights.items():
+            known = held[name] if name in held else onnx.numpy_helper.to_array(inner[name]) if name in inner else None
+            if known is None or known.shape != values.shape or known.dtype != values.dtype:
+                had = "none of that name" if known is None else f"one of shape {known.shape}, {known.dtype}"
+                raise UsageError(f"weight {name!r} of shape {values.shape}, {values.dtype}: the model has {had}")
+            if name in held:
+                held[name] = values
+            else:
+                inner[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+        made = Model(b"".join(pieces(proto.SerializeToString(), held)), output=self.output)
+        made.preprocess, made.preprocess_source, made.labels = self.preprocess, self.preprocess_source, self.labels
+        return made
 
     # -- what a model is for -------------------------------------------------------------------------------------
 

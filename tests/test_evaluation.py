@@ -20,7 +20,7 @@ import onnxcam
 from onnxcam.cli import main
 from onnxcam.engines.session import Settings
 from onnxcam.errors import UsageError
-from onnxcam.evaluation import Example, evaluate, examples
+from onnxcam.evaluation import Example, evaluate, examples, sanity
 from onnxcam.evaluation.measures import MEASURES
 from onnxcam.evaluation.run import Scorer, baselines
 from onnxcam.evaluation.summary import interval, markdown, sign_flip, summarise
@@ -272,3 +272,61 @@ def test_the_command_writes_values_and_a_summary(place: Path, tmp_path: Path, ca
     assert "deletion: " in capsys.readouterr().out
     assert main([*asked, "--metric", "beauty"]) == 2
     assert "no metric named 'beauty'" in capsys.readouterr().err
+
+
+# -- sanity ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_shuffled_from_the_logits_down(model: onnxcam.Model) -> None:
+    names = sanity.linear_weights(model)
+    raw = model.names.raw
+    assert raw.constants[names[0]].shape == raw.constants[names[0]].shape and len(names) == len(set(names))
+    readers = [next(n for n in raw.nodes if name in n.inputs) for name in names]
+    assert [n.index for n in readers] == sorted((n.index for n in readers), reverse=True)
+    other = sanity.shuffled(model, names[:2])
+    for name in names:
+        before, after = raw.constants[name], other.names.raw.constants[name]
+        assert (np.sort(before.ravel()) == np.sort(after.ravel())).all()
+        assert (before == after).all() == (name not in names[:2])
+    assert other.preprocess == model.preprocess
+
+
+def test_edges_survive_what_relevance_does_not(place: Path, model: onnxcam.Model) -> None:
+    """A map of activations alone notices nothing until its own layers are shuffled; gradients notice at once."""
+    pictures = [str(p) for p in sorted((place / "pictures").iterdir())]
+    kept = sanity.cascade(model, pictures, ["eigen-cam", "lrp"], ["A2"], steps=4)
+    by = {(k.method, k.shuffled): k.correlation for k in kept}
+    first, last = min(k.shuffled for k in kept), max(k.shuffled for k in kept)
+    assert by["eigen-cam", first] > 0.999 and last == 1
+    assert by["lrp", first] < 0.9
+    assert abs(by["eigen-cam", last]) < 0.9
+    assert sanity.cascade(model, pictures, ["eigen-cam", "lrp"], ["A2"], steps=4) == kept
+
+
+def test_ranks_are_scipys() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, (2, 3, 6, 6)).astype(float), rng.integers(0, 5, (2, 3, 6, 6)).astype(float)
+    expected = [
+        stats.spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a.reshape(6, -1), b.reshape(6, -1), strict=True)
+    ]
+    assert sanity._correlation(a, b) == pytest.approx(np.mean(expected))
+    assert sanity._correlation(np.ones((1, 1, 2, 2)), a[:1, :1, :2, :2]) == 0
+
+
+def test_other_weights_must_fit(model: onnxcam.Model) -> None:
+    name = sanity.linear_weights(model)[0]
+    with pytest.raises(UsageError, match="the model has one of shape"):
+        model.with_weights({name: np.zeros(3, np.float32)})
+    with pytest.raises(UsageError, match="the model has none of that name"):
+        model.with_weights({"nothing": np.zeros(3, np.float32)})
+
+
+def test_the_command_draws_and_shuffles(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(place)
+    asked = ["evaluate", "net.onnx", "pictures", "-m", "grad-cam", "--metric", "entropy", "--preprocess", "unit"]
+    assert main([*asked, "--sanity", "2", "-o", str(tmp_path)]) == 0
+    assert "depth.png, sanity.csv in" in capsys.readouterr().out
+    assert Image.open(tmp_path / "depth.png").width > 300
+    with (tmp_path / "sanity.csv").open() as stream:
+        assert {row["method"] for row in csv.DictReader(stream)} == {"grad-cam"}

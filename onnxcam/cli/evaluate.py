@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onnxcam.cli.explain import Bar, add_running, find_pictures
 from onnxcam.cli.options import add_layers, add_model, add_options, add_preprocess, load_model, options_of
 from onnxcam.composites import COMPOSITES
 from onnxcam.errors import UsageError
 from onnxcam.methods import METHODS, method as find_method
+
+if TYPE_CHECKING:
+    from onnxcam.evaluation.examples import Example
+    from onnxcam.model import Model
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,6 +44,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     truth.add_argument("--voc", metavar="DIR", help="Pascal VOC XML files of the same names")
     p.add_argument("--composite", "-c", metavar="C", help=f"for methods of relevance: {', '.join(COMPOSITES)}")
     p.add_argument("--start", metavar="S", help="likewise")
+    p.add_argument(
+        "--sanity", metavar="N", nargs="?", type=int, const=8,
+        help="also shuffle the model's weights, layer by layer, and see whether the maps of N pictures (default: 8) "
+        "notice",
+    )  # fmt: skip
     p.add_argument("--no-floors", action="store_true", help="leave out the maps that know nothing of the model")
     add_options(p, "METHOD.NAME=VALUE")
     add_preprocess(p)
@@ -85,11 +98,45 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         if some:
             table += f"\n## Pictures with {objects} objects\n\n{markdown(some)}"
     write_atomically(found.folder / "summary.md", lambda s: s.write(f"# {model.name}\n\n{table}".encode()))
+    written = ["values.csv", "summary.csv", "summary.md"]
+    if find_spec("matplotlib") is not None:
+        from onnxcam.render.depth import save_depth
+
+        written.append(save_depth(lines, found.folder / "depth.png").name)
+    if arguments.sanity:
+        written.append(_sanity(arguments, model, listed, methods, options, how, found.folder))
     for path, why in found.skipped.items():
         print(f"onnxcam: warning: {path} is left out: {why}", file=sys.stderr)
     say(table.split("\n## ")[0].strip())
-    say(f"{found.pictures} pictures; values.csv, summary.csv and summary.md in {found.folder}")
+    say(f"{found.pictures} pictures; {', '.join(written)} in {found.folder}")
     return 0
+
+
+def _sanity(
+    arguments: argparse.Namespace,
+    model: Model,
+    listed: Sequence[Example],
+    methods: Sequence[str],
+    options: Mapping[str, Mapping[str, str]],
+    how: Mapping[str, Any],
+    folder: Path,
+) -> str:
+    """Write what is left of the maps of some pictures as the weights are shuffled; the file's name."""
+    from onnxcam.evaluation.sanity import STEPS, cascade
+    from onnxcam.files import write_atomically
+
+    if arguments.sanity < 1:
+        raise UsageError(f"--sanity is a number of pictures, not {arguments.sanity}")
+    some = [str(e.path) for e in listed[: arguments.sanity]]
+    with Bar(STEPS, "shuffling") as bar:
+        kept = cascade(
+            model, some, methods, arguments.layers or ["suggested"], options=options, progress=bar.update,
+            threads=arguments.threads, **how,
+        )  # fmt: skip
+    rows = ["method,layer,shuffled,correlation"]
+    rows += [f"{k.method},{k.layer},{k.shuffled:.3f},{k.correlation:.4f}" for k in kept]
+    write_atomically(folder / "sanity.csv", lambda s: s.write(("\n".join(rows) + "\n").encode()))
+    return "sanity.csv"
 
 
 def _split(texts: list[str] | None) -> list[str]:
