@@ -326,7 +326,39 @@ def test_the_command_draws_and_shuffles(place: Path, tmp_path: Path, capsys, mon
     monkeypatch.chdir(place)
     asked = ["evaluate", "net.onnx", "pictures", "-m", "grad-cam", "--metric", "entropy", "--preprocess", "unit"]
     assert main([*asked, "--sanity", "2", "-o", str(tmp_path)]) == 0
-    assert "depth.png, sanity.csv in" in capsys.readouterr().out
+    assert "depth.png, report.html, sanity.csv in" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("<table>") == page.count("</table>") == 1 and "grad-cam" in page
     assert Image.open(tmp_path / "depth.png").width > 300
     with (tmp_path / "sanity.csv").open() as stream:
         assert {row["method"] for row in csv.DictReader(stream)} == {"grad-cam"}
+
+
+def test_the_page_marks_the_best_and_escapes_names(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    from onnxcam.evaluation.summary import Line
+    from onnxcam.render.evaluation_page import save_page
+
+    lines = [
+        Line("lrp", "<a>", "7x7", "energy", 0.9, 0.8, 1.0, 5, "grad-cam", 0.01),
+        Line("grad-cam", "<a>", "7x7", "energy", 0.4, 0.3, 0.5, 5),
+        Line("centre", "", "9x9", "energy", 0.95, 0.9, 1.0, 5),
+    ]
+    page = save_page("net", {"All": lines, "None": []}, 5, tmp_path / "p.html").read_text()
+    assert "&lt;a&gt;" in page and "<a>" not in page
+    assert page.count('class="best"') == 1 and '<td class="best">0.900*' in page
+    assert page.count('class="floor"') == 1 and page.count("<h2>") == 1
+
+
+def test_maps_of_another_class_and_of_a_shaken_input_are_compared(
+    place: Path, model: onnxcam.Model, tmp_path: Path
+) -> None:
+    asked = ["class-correlation", "stability"]
+    found = evaluate(model, listed(place)[:2], ["eigen-cam", "relevance-cam"], ["A4"], asked, tmp_path)
+    by = {(r["method"], r["metric"], Path(r["image"]).name): float(r["value"]) for r in found.rows}
+    for i in ("0.png", "1.png"):
+        assert by["eigen-cam", "class-correlation", i] == pytest.approx(1)
+        assert by["relevance-cam", "class-correlation", i] < 0.999
+        assert 0.5 < by["relevance-cam", "stability", i] < 1
+        assert by["noise", "stability", i] == pytest.approx(1)

@@ -92,22 +92,30 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     lines = summarise(found.rows)
     save(lines, found.folder / "summary.csv")
-    table = markdown(lines)
+    parts = {"All pictures": lines}
     for objects in ("small", "medium", "large"):
         some = [line for line in summarise(found.rows, objects=objects) if MEASURES[line.metric].better]
         if some:
-            table += f"\n## Pictures with {objects} objects\n\n{markdown(some)}"
-    write_atomically(found.folder / "summary.md", lambda s: s.write(f"# {model.name}\n\n{table}".encode()))
+            parts[f"Pictures with {objects} objects"] = some
+    text = "".join(f"\n## {heading}\n\n{markdown(part)}" for heading, part in parts.items())
+    write_atomically(found.folder / "summary.md", lambda s: s.write(f"# {model.name}\n{text}".encode()))
     written = ["values.csv", "summary.csv", "summary.md"]
+    figure = None
     if find_spec("matplotlib") is not None:
         from onnxcam.render.depth import save_depth
 
-        written.append(save_depth(lines, found.folder / "depth.png").name)
+        figure = save_depth(lines, found.folder / "depth.png")
+        written.append(figure.name)
+    if find_spec("jinja2") is not None:
+        from onnxcam.render.evaluation_page import save_page
+
+        page = save_page(f"{model.name}, evaluated", parts, found.pictures, found.folder / "report.html", figure)
+        written.append(page.name)
     if arguments.sanity:
         written.append(_sanity(arguments, model, listed, methods, options, how, found.folder))
     for path, why in found.skipped.items():
         print(f"onnxcam: warning: {path} is left out: {why}", file=sys.stderr)
-    say(table.split("\n## ")[0].strip())
+    say(markdown(lines).strip())
     say(f"{found.pictures} pictures; {', '.join(written)} in {found.folder}")
     return 0
 

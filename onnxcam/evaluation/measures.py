@@ -24,6 +24,8 @@ class Case:
         probability, logit: versions (count, C, H, W) to the score of the class that was explained, (count,).
         truth: the object as a mask (H, W); None where it is not known.
         boxes: likewise, x, y, width, height in pixels of the input.
+        other: the map of another class, as it is made, where a metric asks for it; `shaken` that of the input with a
+            little noise.
     """
 
     heat: Array
@@ -32,6 +34,8 @@ class Case:
     logit: f.Score
     truth: Array | None
     boxes: list[m.Box]
+    other: Array | None = None
+    shaken: Array | None = None
 
     @property
     def flat(self) -> Array:
@@ -49,6 +53,8 @@ class Measure:
     about: str
     truth: bool = False
     boxes: bool = False
+    other: bool = False
+    shaken: bool = False
     passes: int = 0
 
 
@@ -68,6 +74,23 @@ def _curve(case: Case, deletion: bool) -> float:
 def _road(case: Case, lowest_first: bool) -> float:
     losses = [f.road(case.probability, case.x, case.heat, share, lowest_first) for share in ROAD_SHARES]
     return float(np.mean(losses))
+
+
+def correlation(a: Array, b: Array) -> float:
+    """Pearson's; 1 for two constant maps, 0 for one beside another."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float(np.ptp(a) == 0 and np.ptp(b) == 0)
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+def _other(case: Case) -> float:
+    assert case.other is not None
+    return correlation(case.heat, case.other)
+
+
+def _shaken(case: Case) -> float:
+    assert case.shaken is not None
+    return correlation(case.heat, case.shaken)
 
 
 def _flipping(case: Case) -> float:
@@ -164,6 +187,20 @@ MEASURES: dict[str, Measure] = {
         _truth("hit", m.hit, "how often the highest cell lies on the object (the pointing game)"),
         _truth("energy", m.energy_inside, "the share of the positive part on the object (relevance mass accuracy)"),
         _truth("rank", m.rank_accuracy, "the share of the K highest cells on the object, K its size"),
+        Measure(
+            "class-correlation",
+            _other,
+            "lower",
+            "correlation of the map with that of a random other class: 1 is blind to the class",
+            other=True,
+        ),
+        Measure(
+            "stability",
+            _shaken,
+            "higher",
+            "correlation of the map with that of the input with noise of 0.02 of its range",
+            shaken=True,
+        ),
         Measure("entropy", lambda c: complexity.entropy(c.heat), "", "bits: how much a map says at once"),
         Measure("sparseness", lambda c: complexity.sparseness(c.heat), "", "Gini index: 0 even, 1 in one cell"),
     )

@@ -36,6 +36,7 @@ COLUMNS = ("image", "class", "label", "object", "method", "layer", "map", "metri
 VALUES, SETTINGS = "values.csv", "settings.json"
 FLOORS = ("centre", "noise", "edges")
 TARGETS = ("predicted", "label")
+NOISE = 0.02  # of the input's range: what `stability` shakes it by
 STEP = 16  # versions of a picture in one run
 SMALL, LARGE = 0.1, 0.4  # part of the picture that an object covers, from which on it is no longer small, and is large
 
@@ -233,16 +234,20 @@ def _measured(
     predicted = int(logits[0].argmax()) if logits.shape[1] > 1 else int(logits[0, 0] > 0)
     explained = predicted if target == "predicted" or example.label is None else example.label
     extent = "" if truth is None else _extent(float(truth.mean()))
-    maps: list[tuple[str, str, np.ndarray]] = []
+    wanted = [explained]
+    if any(measure.other for measure in measures):
+        wanted.append(_another(explained, max(logits.shape[1], 2), x))
+    shaken = any(measure.shaken for measure in measures)
+    maps: list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]] = []  # and those of the other class, and shaken
     for m in methods:
         places = [INPUT] if m.at_input else list(layers)
-        found = model.explain(
-            str(example.path), places, [explained], method=m, options=options.get(m.name), **how
-        )  # fmt: skip
-        maps += [(m.name, name, heat[0, 0]) for name, heat in found.maps.items()]
+        more = dict(how, method=m, options=options.get(m.name))
+        found = model.explain(str(example.path), places, wanted, **more).maps
+        noisy = model.explain(_shaken(prepared.array, x), places, [explained], **more).maps if shaken else found
+        maps += [(m.name, name, heat[0, 0], heat[0, -1], noisy[name][0, 0]) for name, heat in found.items()]
     if floors:
-        maps += [(name, "", heat) for name, heat in baselines(x).items()]
-    for name, layer, heat in maps:
+        maps += [(name, "", heat, heat, heat) for name, heat in baselines(x).items()]
+    for name, layer, heat, other, moved in maps:
         if heat.ndim != 2:
             raise UsageError(f"method {name} gives no map of two dimensions at layer {layer!r}: it cannot be evaluated")
         case = Case(
@@ -252,6 +257,8 @@ def _measured(
             lambda versions: scorer.score(versions, explained, False),
             truth,
             list(boxes),
+            upsampled(other.astype(np.float64), size),
+            upsampled(moved.astype(np.float64), size),
         )
         for measure in measures:
             if (measure.truth and truth is None) or (measure.boxes and not boxes):
@@ -260,6 +267,24 @@ def _measured(
             label = "" if example.label is None else example.label
             value = f"{measure.value(case):.8g}"
             yield [example.path, explained, label, extent, name, layer, shape, measure.name, value]
+
+
+def _seed(x: np.ndarray) -> int:
+    """The same for a picture in every run."""
+    return int(np.abs(x).sum() * 1e3) % 2**32
+
+
+def _another(explained: int, classes: int, x: np.ndarray) -> int:
+    """A class that is not explained, at random."""
+    picked = int(np.random.default_rng([1, _seed(x)]).integers(0, classes - 1))
+    return picked + (picked >= explained)
+
+
+def _shaken(array: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The model's input with a little noise."""
+    noise = NOISE * np.ptp(x) * np.random.default_rng([2, _seed(x)]).standard_normal(array.shape)
+    moved = array + noise
+    return (np.round(moved).clip(0, 255) if array.dtype.kind in "iu" else moved).astype(array.dtype)
 
 
 def _extent(part: float) -> str:
@@ -271,8 +296,7 @@ def baselines(x: np.ndarray) -> dict[str, np.ndarray]:
     height, width = x.shape[1:]
     ys, xs = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
     centre = np.exp(-(ys[:, None] ** 2 + xs[None] ** 2) / (2 * 0.25**2))
-    seed = int(np.abs(x).sum() * 1e3) % 2**32  # the same for a picture in every run
-    noise = upsampled(np.random.default_rng(seed).random((7, 7)), (height, width))
+    noise = upsampled(np.random.default_rng(_seed(x)).random((7, 7)), (height, width))
     grey = np.pad(x.mean(0), 1, mode="edge")
     down = grey[2:, 1:-1] - grey[:-2, 1:-1]
     right = grey[1:-1, 2:] - grey[1:-1, :-2]
