@@ -27,7 +27,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 thead th { position: sticky; top: 0; background: Canvas; vertical-align: bottom; }
-small { opacity: .7; display: block; }
+small { opacity: .7; display: block; white-space: nowrap; }
 .best { font-weight: 700; }
 .floor { opacity: .65; font-style: italic; }
 img { max-width: 100%; background: white; }
