@@ -285,8 +285,8 @@ def _cell(stored: Stored | None) -> str:
     if (found := failure(stored)) is not None:
         return f"**{found.step} {found.kind}**{f' ({found.op})' if found.op else ''}"
     steps = (stored.get("explained") or {}).get("steps", {})
-    if not steps:
-        return "exported"
+    if steps.get("gradient/onnx", {}).get("status", "running") == "running":
+        return "begun" if steps else "exported"
     apart = max(
         (steps[f"{what}/numpy"].get("apart", 0.0) for what in ("cam", "lrp") if f"{what}/numpy" in steps), default=None
     )

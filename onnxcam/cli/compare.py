@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 
 from onnxcam.cli.explain import Bar, add_running
-from onnxcam.cli.options import add_layers, add_model, add_options, add_preprocess, add_targets, load_model, options_of
+from onnxcam.cli.options import (
+    add_layers,
+    add_model,
+    add_options,
+    add_preprocess,
+    add_targets,
+    load_model,
+    options_by_method,
+    split,
+)
 from onnxcam.composites import COMPOSITES
 from onnxcam.errors import UsageError
-from onnxcam.methods import METHODS, method as find_method
+from onnxcam.methods import METHODS
 from onnxcam.starts import STARTS
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -44,13 +53,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
         raise UsageError(f"figures are written as {', '.join(FORMATS)}, and {out.name} is none of them")
     if not 30 <= arguments.dpi <= 2400:
         raise UsageError(f"--dpi is a number from 30 to 2400, not {arguments.dpi}")
-    methods = [name for text in arguments.methods or DEFAULT for name in text.split(",")]
-    options: dict[str, dict[str, str]] = {}
-    for name, value in options_of(arguments).items():
-        method, dot, option = name.partition(".")
-        if not dot:
-            raise UsageError(f"--set {name}={value}: say of which method, {methods[0]}.{name} say")
-        options.setdefault(find_method(method).name, {})[option] = value
+    methods = split(arguments.methods) or list(DEFAULT)
+    options = options_by_method(arguments, methods)
     model = load_model(arguments)
     with Bar(len(methods), "comparing") as bar:
         found = compare(

@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcam.cli.explain import Bar, add_running, find_pictures
-from onnxcam.cli.options import add_layers, add_model, add_options, add_preprocess, load_model, options_of
+from onnxcam.cli.options import (
+    add_layers,
+    add_model,
+    add_options,
+    add_preprocess,
+    load_model,
+    options_by_method,
+    split,
+)
 from onnxcam.composites import COMPOSITES
 from onnxcam.errors import UsageError
-from onnxcam.methods import METHODS, method as find_method
+from onnxcam.methods import METHODS
 
 if TYPE_CHECKING:
     from onnxcam.evaluation.examples import Example
@@ -64,19 +72,14 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from onnxcam.evaluation.summary import markdown, save, summarise
     from onnxcam.files import write_atomically
 
-    metrics = _split(arguments.metrics) or list(DEFAULT)
+    metrics = split(arguments.metrics) or list(DEFAULT)
     if metrics == ["list"]:
         for measure in MEASURES.values():
             needs = "boxes" if measure.boxes else "a truth" if measure.truth else ""
             say(f"{measure.name}: {measure.about}{f'; needs {needs}' if needs else ''}")
         return 0
-    methods = _split(arguments.methods) or ["grad-cam", "layercam", "relevance-cam", "relevance-map"]
-    options: dict[str, dict[str, str]] = {}
-    for name, value in options_of(arguments).items():
-        method, dot, option = name.partition(".")
-        if not dot:
-            raise UsageError(f"--set {name}={value}: say of which method, {methods[0]}.{name} say")
-        options.setdefault(find_method(method).name, {})[option] = value
+    methods = split(arguments.methods) or ["grad-cam", "layercam", "relevance-cam", "relevance-map"]
+    options = options_by_method(arguments, methods)
     listed = examples(
         find_pictures(arguments.images), labels=arguments.classes, boxes=arguments.boxes, masks=arguments.masks,
         coco=arguments.coco, voc=arguments.voc,
@@ -145,7 +148,3 @@ def _sanity(
     rows += [f"{k.method},{k.layer},{k.shuffled:.3f},{k.correlation:.4f}" for k in kept]
     write_atomically(folder / "sanity.csv", lambda s: s.write(("\n".join(rows) + "\n").encode()))
     return "sanity.csv"
-
-
-def _split(texts: list[str] | None) -> list[str]:
-    return [name for text in texts or [] for name in text.split(",") if name]

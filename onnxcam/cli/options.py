@@ -14,7 +14,7 @@ import numpy as np
 from onnxcam.composites import ATTENTION, COMPOSITES
 from onnxcam.errors import UsageError
 from onnxcam.input_spec import InputSpec, at_rest
-from onnxcam.methods import METHODS
+from onnxcam.methods import METHODS, method as find_method
 from onnxcam.model import Model, load
 from onnxcam.pictures import open_image
 from onnxcam.preprocess import PRESETS, choose
@@ -118,6 +118,26 @@ def options_of(arguments: argparse.Namespace) -> dict[str, str]:
             raise UsageError(f"--set {text}: write NAME=VALUE")
         found[name.strip().replace("-", "_") if "." not in name else name.strip()] = value.strip()
     return found
+
+
+def options_by_method(arguments: argparse.Namespace, methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What `--set METHOD.NAME=VALUE` says, by method.
+
+    Raises:
+        UsageError: a method is not named, or is none.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, value in options_of(arguments).items():
+        method, dot, option = name.partition(".")
+        if not dot:
+            raise UsageError(f"--set {name}={value}: say of which method, {methods[0]}.{name} say")
+        found.setdefault(find_method(method).name, {})[option.replace("-", "_")] = value
+    return found
+
+
+def split(texts: Sequence[str] | None) -> list[str]:
+    """Names that were given one by one or with commas."""
+    return [name for text in texts or [] for name in text.split(",") if name]
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
