@@ -128,6 +128,7 @@ def compare(
     if not made:
         raise UsageError(notes[0] if notes else "there is nothing to compare")
     first = made[0]
+    named = [name for name in named if any(not isinstance(found.get((m.name, name), ""), str) for m in listed)]
     columns = [_column(name, found) for name in named]
     rows = []
     for t in range(first.targets.shape[1]):

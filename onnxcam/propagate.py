@@ -7,7 +7,7 @@ nothing has no entry, which is not the same as zeros. One walk serves all layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,30 +83,27 @@ LINEAR_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 def first_linear(graph: Graph) -> set[str]:
     """Names of the linear nodes that no other linear node lies before."""
-    seen: set[str] = set()  # tensors behind a linear node
-    firsts = set()
-    for node in graph.nodes:
-        behind = any(name in seen for name in node.inputs)
-        linear = node.op_type in LINEAR_OPS and any(not node.is_constant(i) for i in range(len(node.inputs)))
-        if linear and not behind:
-            firsts.add(node.name)
-        if behind or linear:
-            seen.update(node.outputs)
-    return firsts
+    return _outermost((node, node.inputs, node.outputs) for node in graph.nodes)
 
 
 def last_linear(graph: Graph, logits: str) -> set[str]:
     """Names of the linear nodes that no other linear node lies behind on the way to the logits."""
-    before: set[str] = set()  # tensors before a linear node
-    lasts = set()
-    for node in reversed(graph.between(graph.inputs, logits)):
-        ahead = any(name in before for name in node.outputs)
+    nodes = reversed(graph.between(graph.inputs, logits))
+    return _outermost((node, node.outputs, node.inputs) for node in nodes)
+
+
+def _outermost(nodes: Iterable[tuple[Node, Sequence[str], Sequence[str]]]) -> set[str]:
+    """Names of the linear nodes that are met first; with each node the tensors on its near side and on its far side."""
+    passed: set[str] = set()  # tensors on the far side of a linear node
+    found = set()
+    for node, near, far in nodes:
+        beyond = any(name in passed for name in near)
         linear = node.op_type in LINEAR_OPS and any(not node.is_constant(i) for i in range(len(node.inputs)))
-        if linear and not ahead:
-            lasts.add(node.name)
-        if ahead or linear:
-            before.update(node.inputs)
-    return lasts
+        if linear and not beyond:
+            found.add(node.name)
+        if beyond or linear:
+            passed.update(far)
+    return found
 
 
 def needed_taps(graph: Graph, layers: Collection[str], logits: str) -> list[str]:

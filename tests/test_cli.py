@@ -644,6 +644,13 @@ def test_classes_are_compared_by_one_method(place, tmp_path, capsys):
     assert "2 maps of 2 rows and 1 layers" in capsys.readouterr().out
 
 
+def test_layers_that_no_method_has_a_map_of_are_left_out_of_a_comparison(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    asked = ("compare", "good.onnx", "a.png", "-m", "saliency", "--preprocess", "unit", "-o", str(tmp_path / "f.png"))
+    assert run(*asked) == 0
+    assert "1 maps of 1 rows and 1 layers" in capsys.readouterr().out
+
+
 def test_what_means_nothing_at_a_layer_is_left_out_of_a_comparison_and_said(place, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     asked = ("compare", "good.onnx", "a.png", "-m", "cam,grad-cam", "--preprocess", "unit")

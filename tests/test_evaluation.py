@@ -362,3 +362,11 @@ def test_maps_of_another_class_and_of_a_shaken_input_are_compared(
         assert by["relevance-cam", "class-correlation", i] < 0.999
         assert 0.5 < by["relevance-cam", "stability", i] < 1
         assert by["noise", "stability", i] == pytest.approx(1)
+
+
+def test_metrics_that_need_a_truth_are_refused_where_there_is_none(
+    place: Path, model: onnxcam.Model, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="energy, box-iou: these need to know where the objects are"):
+        evaluate(model, listed(place), ["grad-cam"], ["A4"], ["energy", "box-iou"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -93,6 +93,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             floors=not arguments.no_floors, target=arguments.target, options=options, progress=bar.update,
             threads=arguments.threads, **how,
         )  # fmt: skip
+    if not found.rows:
+        raise UsageError(next(iter(found.skipped.values()), "nothing was measured"))
     lines = summarise(found.rows)
     save(lines, found.folder / "summary.csv")
     parts = {"All pictures": lines}

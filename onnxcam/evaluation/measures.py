@@ -55,7 +55,6 @@ class Measure:
     boxes: bool = False
     other: bool = False
     shaken: bool = False
-    passes: int = 0
 
 
 def _truth(name: str, value: Callable[[Array, Array], float], about: str) -> Measure:
@@ -115,65 +114,56 @@ MEASURES: dict[str, Measure] = {
             lambda c: f.soft_drop(c.probability, c.x, c.heat).drop,
             "lower",
             "what the probability loses behind the map, a part of 1 (Chattopadhay et al. 2018)",
-            passes=2,
         ),
         Measure(
             "average-increase",
             lambda c: f.soft_drop(c.probability, c.x, c.heat).increase,
             "higher",
             "how often it rises",
-            passes=2,
         ),
         Measure(
             "drop-50",
             lambda c: f.half_drop(c.probability, c.x, c.heat).drop,
             "lower",
             "what it loses where only the higher half of the cells is shown (AD50): one area for every map",
-            passes=2,
         ),
         Measure(
             "deletion",
             lambda c: _curve(c, True),
             "lower",
             "area under the probability while the highest cells go (Petsiuk et al. 2018)",
-            passes=STEPS + 1,
         ),
         Measure(
             "insertion",
             lambda c: _curve(c, False),
             "higher",
             "area under the probability while they come into a blurred picture",
-            passes=STEPS + 1,
         ),
         Measure(
             "road-most",
             lambda c: _road(c, False),
             "higher",
             "what the probability loses where the highest cells are filled in from around them (Rong et al. 2022)",
-            passes=2 * len(ROAD_SHARES),
         ),
         Measure(
             "road-least",
             lambda c: _road(c, True),
             "lower",
             "likewise the lowest cells",
-            passes=2 * len(ROAD_SHARES),
         ),
         Measure(
             "pixel-flipping",
             _flipping,
             "higher",
             "mean fall of the logit while the highest cells go (Samek et al. 2017)",
-            passes=STEPS + 1,
         ),
         Measure(
             "sensitivity-n",
             _sensitivity,
             "higher",
             "correlation of the map's sum over a tenth of the cells with the logit's fall (Ancona et al. 2018)",
-            passes=51,
         ),
-        Measure("infidelity", _infidelity, "lower", "error of the map as a linear model (Yeh et al. 2019)", passes=51),
+        Measure("infidelity", _infidelity, "lower", "error of the map as a linear model (Yeh et al. 2019)"),
         _truth("iou-25", lambda h, t: m.iou(m.above(h, 0.25), t), "overlap of what is above 25 % of the maximum"),
         _truth("iou-75", lambda h, t: m.iou(m.above(h, 0.75), t), "overlap of what is above 75 % of the maximum"),
         _truth("iou-top", lambda h, t: m.iou(m.largest(h, 0.25), t), "overlap of the highest quarter of the cells"),

@@ -96,6 +96,12 @@ def evaluate(
         raise UsageError(f"the class of {missing.path.name} is not known: give --labels, or explain what is predicted")
     chosen = [find_method(m) for m in methods]
     measures = [named("metric", name, MEASURES) for name in metrics]
+    known = {"boxes": any(e.boxes for e in examples), "truth": any(e.located for e in examples)}
+    if all((m.boxes and not known["boxes"]) or (m.truth and not known["truth"]) for m in measures):
+        raise UsageError(
+            f"{', '.join(m.name for m in measures)}: these need to know where the objects are, and nothing says so; "
+            "give boxes or masks, or other metrics"
+        )
     names = list(model.resolve(list(layers)))
     folder = writable_folder(out)
     settings = {

@@ -34,11 +34,6 @@ class BlackBox(Method):
 
     compiles: ClassVar[bool] = False
     walks: ClassVar[bool] = False
-    cost: ClassVar[str] = "{runs} forwards"
-
-    def runs(self, grid: tuple[int, ...]) -> int:
-        """Forward passes for one image."""
-        raise NotImplementedError
 
     def explain(self, means: Means, grid: tuple[int, ...], classes: Array, logits: Array, masked: Masked) -> Array:
         """Maps (T, *grid) of one image; `masked(count, masks)` gives the logits (count, K) of masked versions."""
@@ -87,9 +82,6 @@ class Occlusion(BlackBox):
             for corner in product(*starts)
         ]
 
-    def runs(self, grid: tuple[int, ...]) -> int:
-        return len(self.boxes(grid))
-
     def explain(self, means: Means, grid: tuple[int, ...], classes: Array, logits: Array, masked: Masked) -> Array:
         from onnxcam.means import of_class
 
@@ -128,9 +120,6 @@ class Rise(BlackBox):
         at_least(self, 1, "samples", "cells")
         if not 0 < self.keep < 1:
             raise UsageError(f"option keep of method {self.name} lies between 0 and 1, not {self.keep}")
-
-    def runs(self, grid: tuple[int, ...]) -> int:
-        return self.samples
 
     def masks(self, grid: tuple[int, ...], begin: int, stop: int) -> Array:
         """Masks (count, *grid), 0..1; the k-th is the same whatever is asked for with it."""
