@@ -211,20 +211,30 @@ class Gamma(LinearRule):
     eps: float = 1e-6
 
     def share(self, f: LinearMap, r: Array) -> Array:
+        ops, total = f.ops, outcome(f, self.bias)
+        if ops.vanishes_below(r, total):  # as behind a rectifier
+            return self._of_sign(f, r, positive=True)
+        above, below = (ops.where(sign, r, 0.0) for sign in (total > 0, total < 0))
+        return self._of_sign(f, above, positive=True) + self._of_sign(f, below, positive=False)
+
+    def _of_sign(self, f: LinearMap, r: Array, positive: bool) -> Array:
+        """What outputs of one sign hand down: x W + gamma times the terms of that sign, x+ and x- apart."""
         ops = f.ops
-        plain: list[Term] = [(f.x, f.weight)]
-        total = outcome(f, self.bias)
-        out = None
-        for favoured, sign, positive in ((same_sign(f), total > 0, True), (opposite_sign(f), total < 0, False)):
-            denominator = total + self.gamma * forward(f, favoured) if favoured else total
-            if self.bias == "absorb" and f.bias is not None:
-                denominator = denominator + self.gamma * (ops.positive if positive else ops.negative)(f.bias)
-            s = quotient(ops, ops.where(sign, r, 0.0), denominator, self.eps)
-            part = carry_back(f, s, plain)
-            if favoured:
-                part = part + self.gamma * carry_back(f, s, favoured)
-            out = part if out is None else out + part
-        return out
+        terms = [self._term(f, ops.positive(f.x), positive)]
+        if ops.any_negative(f.x):
+            terms.append(self._term(f, ops.negative(f.x), not positive))
+        bias = None if self.bias == "ignore" else f.bias
+        if self.bias == "absorb" and bias is not None:
+            bias = bias + self.gamma * (ops.positive if positive else ops.negative)(bias)
+        return share(f, r, terms, bias, self.eps)
+
+    def _term(self, f: LinearMap, x: Array, positive: bool) -> Term:
+        """(x, W + gamma W+) or (x, W + gamma W-); fixed coefficients are their own positive part."""
+        if f.weight is None:
+            return (x * (1 + self.gamma) if positive else x), None
+        part = f.ops.positive if positive else f.ops.negative
+        sign = "positive" if positive else "negative"
+        return x, f.part(f"with {self.gamma} of its {sign} part", lambda w: w + self.gamma * part(w))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class ArrayOps(Places):
         """r / z, with z pushed away from zero by `eps` in its own direction; sign(0) = +1."""
         return r / (z + self.where(z < 0, -eps, eps))
 
+    def vanishes_below(self, r: Array, z: Array) -> bool:
+        """Whether `r` is known to be 0 wherever `z` is not positive."""
+        return not bool(self.xp.any(self.where(z > 0, 0.0, r) != 0))
+
     def positive(self, x: Array) -> Array:
         return self.where(x > 0, x, 0.0)
 

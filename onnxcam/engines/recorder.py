@@ -179,17 +179,26 @@ class Recorder(RecordedPlaces):
         away = self.record("Clip", [steep, self._lift(-eps), self._lift(eps)], z.shape, bare=z.bare)
         return r / (z + away)
 
+    def vanishes_below(self, r: Symbol, z: Symbol) -> bool:
+        return z.positive or self._rectifier(z, r) is not None
+
     def _rectified(self, z: Symbol, r: Symbol) -> Symbol | None:
         """The positive part of `z`, where `r` is 0 wherever that is; None where that is not known."""
         if z.positive:
             return z
+        reader = self._rectifier(z, r)
+        if reader is None:
+            return None
+        return Symbol(self, reader.outputs[0], z.shape, positive=True) if reader.op == "Relu" else self.positive(z)
+
+    @staticmethod
+    def _rectifier(z: Symbol, r: Symbol) -> gs.Node | None:
+        """The rectifier of `z`, in the user's graph, that `r` is 0 with."""
         for reader in z.tensor.outputs:
             if not reader.outputs or reader.outputs[0].name not in r.zeros:
                 continue
-            if reader.op == "Relu":
-                return Symbol(self, reader.outputs[0], z.shape, positive=True)
-            if reader.op == "Clip" and len(reader.inputs) > 1 and _is_zero(reader.inputs[1]):
-                return self.positive(z)
+            if reader.op == "Relu" or (reader.op == "Clip" and len(reader.inputs) > 1 and _is_zero(reader.inputs[1])):
+                return reader
         return None
 
     def positive(self, x: Symbol) -> Symbol:
