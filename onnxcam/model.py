@@ -107,6 +107,16 @@ class Model:
         self._canonical = Recent(GRAPHS)
         self._sessions = Recent(SESSIONS)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs and sessions, which are made again where it is unpickled."""
+        made = ("_canonical", "_sessions", "names", "content")
+        return {key: value for key, value in self.__dict__.items() if key not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._canonical = Recent(GRAPHS)
+        self._sessions = Recent(SESSIONS)
+
     def __repr__(self) -> str:
         return f"<onnxcam.Model {self.name}: input {self.spec.name} {list(self.spec.shape)}, output {self.output}>"
 

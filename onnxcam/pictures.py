@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from onnxcam.errors import UsageError
+from onnxcam.locations import is_url, reading
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
@@ -26,20 +28,27 @@ VIEW_LIMIT = 1024
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in file `path`, decoded and turned upright as its EXIF orientation says.
+    """The picture in file `path`, or at a URL, decoded and turned upright as its EXIF orientation says.
 
     Raises UsageError, in one line, where there is no such file, or it is a directory, empty, no picture, cut short, or
     has more pixels than Pillow takes for safe (about 179 million).
     """
+    if is_url(path):
+        with reading(str(path)) as stream:
+            return _decoded(str(path), stream)
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a directory: name the pictures in it, as {path / '*.jpg'}")
+    return _decoded(str(path), path)
+
+
+def _decoded(path: str, source: Path | IO[bytes]) -> Image.Image:
     try:
-        if path.stat().st_size == 0:
+        if isinstance(source, Path) and source.stat().st_size == 0:
             raise UsageError(f"{path} is empty (0 bytes)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large but below the limit: fine
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 image.load()
                 return upright(image)
     except FileNotFoundError:

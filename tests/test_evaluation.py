@@ -107,7 +107,9 @@ def test_another_run_is_not_mixed_in(place: Path, model: onnxcam.Model, tmp_path
 def test_a_picture_that_cannot_be_read_is_left_out_and_said(place: Path, model: onnxcam.Model, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes((place / "pictures" / "0.png").read_bytes()[:200])
-    found = evaluate(model, [Example(broken), *listed(place)[:1]], ["grad-cam"], ["A4"], ["entropy"], tmp_path / "out")
+    found = evaluate(
+        model, [Example(str(broken)), *listed(place)[:1]], ["grad-cam"], ["A4"], ["entropy"], tmp_path / "out"
+    )
     assert list(found.skipped) == [str(broken)] and found.pictures == 1
     assert {r["image"] for r in found.rows} == {str(place / "pictures" / "0.png")}
 
@@ -195,7 +197,7 @@ def test_masks_coco_and_voc_say_the_same(place: Path, tmp_path: Path) -> None:
 
 def test_what_is_beyond_the_picture_is_no_object(tmp_path: Path) -> None:
     Image.new("L", (10, 10), 255).save(tmp_path / "a.png")
-    example = Example(tmp_path / "a.png", mask=tmp_path / "a.png")
+    example = Example(str(tmp_path / "a.png"), mask=tmp_path / "a.png")
     mask, _ = example.seen((-10.0, 0.0, 10.0, 10.0), (4, 8))
     assert mask is not None and (mask == np.array([False] * 4 + [True] * 4)).all()
 

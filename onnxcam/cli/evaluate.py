@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcam.cli.explain import Bar, add_running, find_pictures
+from onnxcam.cli.explain import Bar, add_pool, add_running, find_pictures
 from onnxcam.cli.options import (
     add_layers,
     add_model,
@@ -34,18 +34,24 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, or folders of them")
     p.add_argument("--out", "-o", metavar="DIR", default="onnxcam-evaluation", help="where to write, and to go on from")
     p.add_argument(
-        "--method", "-m", metavar="M", action="append", dest="methods",
+        "--method", "--methods", "-m", metavar="M", action="append", dest="methods",
         help=f"repeatable, or with commas: {', '.join(METHODS)} (default: grad-cam, layercam, relevance-cam, "
         "relevance-map)",
     )  # fmt: skip
     add_layers(p, "suggested")
     p.add_argument(
-        "--metric", metavar="M", action="append", dest="metrics",
+        "--metric", "--metrics", metavar="M", action="append", dest="metrics",
         help="repeatable, or with commas; `--metric list` says which there are",
     )  # fmt: skip
     p.add_argument("--target", choices=("predicted", "label"), default="predicted", help="the class that is explained")
     truth = p.add_argument_group("what is known of the pictures")
-    truth.add_argument("--classes", metavar="FILE", help="a CSV: file, class")
+    truth.add_argument(
+        "--labels", "--classes", metavar="FILE", dest="classes", help="the pictures' classes, a CSV: file, class"
+    )
+    truth.add_argument(
+        "--label-offset", metavar="N", type=int, default=0,
+        help="added to these classes: 1 where the model's class 0 is the background",
+    )  # fmt: skip
     truth.add_argument("--boxes", metavar="FILE", help="a CSV: file, x0, y0, x1, y1, in pixels of the picture")
     truth.add_argument("--masks", metavar="DIR", help="pictures of the same names, white where the object is")
     truth.add_argument("--coco", metavar="FILE", help="a COCO JSON")
@@ -59,8 +65,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )  # fmt: skip
     p.add_argument("--no-floors", action="store_true", help="leave out the maps that know nothing of the model")
     add_options(p, "METHOD.NAME=VALUE")
-    add_preprocess(p)
+    add_preprocess(p, names="--class-names")
     add_running(p)
+    add_pool(p)
     p.set_defaults(run=run_evaluate)
 
 
@@ -82,7 +89,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     options = options_by_method(arguments, methods)
     listed = examples(
         find_pictures(arguments.images), labels=arguments.classes, boxes=arguments.boxes, masks=arguments.masks,
-        coco=arguments.coco, voc=arguments.voc,
+        coco=arguments.coco, voc=arguments.voc, offset=arguments.label_offset,
     )  # fmt: skip
     model = load_model(arguments)
     how = {"composite": arguments.composite, "start": arguments.start, "engine": arguments.engine}
@@ -91,7 +98,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         found = evaluate(
             model, listed, methods, arguments.layers or ["suggested"], metrics, arguments.out,
             floors=not arguments.no_floors, target=arguments.target, options=options, progress=bar.update,
-            threads=arguments.threads, **how,
+            threads=arguments.threads, engine_pool=arguments.engine_pool, workers=arguments.workers, **how,
         )  # fmt: skip
     if not found.rows:
         raise UsageError(next(iter(found.skipped.values()), "nothing was measured"))
@@ -105,6 +112,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     text = "".join(f"\n## {heading}\n\n{markdown(part)}" for heading, part in parts.items())
     write_atomically(found.folder / "summary.md", lambda s: s.write(f"# {model.name}\n{text}".encode()))
     written = ["values.csv", "summary.csv", "summary.md"]
+    if find_spec("pyarrow") is not None:
+        written.append(found.to_parquet().name)
     figure = None
     if find_spec("matplotlib") is not None:
         from onnxcam.render.depth import save_depth

@@ -26,8 +26,10 @@ from onnxcam.cli.options import (
 from onnxcam.engines.session import PROVIDERS
 from onnxcam.errors import UsageError
 from onnxcam.files import check_writable
+from onnxcam.locations import files_in, is_url
 from onnxcam.methods import METHODS, Method, method as find_method
 from onnxcam.methods.perturbation import BlackBox
+from onnxcam.pool import POOLS
 from onnxcam.segment import MEAN_STD, parse as parse_threshold
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )  # fmt: skip
     add_preprocess(p)
     add_running(p)
+    add_pool(p)
     out = p.add_argument_group("output")
     out.add_argument("--out", "-o", metavar="DIR", default="onnxcam-out", help="where to write (default: onnxcam-out)")
     out.add_argument(
@@ -70,6 +73,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--segment", metavar="HOW", nargs="?", const=MEAN_STD,
         help=f"also write the object as a mask and as COCO outlines: where the map is above {MEAN_STD} (the default) "
         "or a quantile, q0.8 say",
+    )  # fmt: skip
+    out.add_argument(
+        "--parquet", action="store_true",
+        help="write the raw maps of all pictures as one table, OUT/maps.parquet, for large sets; OUT may be a URL",
     )  # fmt: skip
     out.add_argument("--json", action="store_true", help="print the manifest as JSON instead of a summary")
     p.set_defaults(run=run_explain)
@@ -100,7 +107,21 @@ def add_running(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pool(p: argparse.ArgumentParser) -> None:
+    """Options on sharing pictures out."""
+    pool = p.add_argument_group("sharing pictures out")
+    pool.add_argument(
+        "--engine-pool", choices=POOLS, default="local",
+        help="who explains: this process (the default), or actors of Ray, one for each core or GPU",
+    )  # fmt: skip
+    pool.add_argument("--workers", metavar="N", type=_number_of("actors"), help="how many actors")
+
+
 def run_explain(arguments: argparse.Namespace) -> int:
+    if arguments.parquet:
+        return _explain_to_table(arguments)
+    if arguments.engine_pool != "local":
+        raise UsageError(f"--engine-pool {arguments.engine_pool} writes one table of maps: add --parquet")
     check_writable(arguments.out)
     chosen = _method(arguments)
     quantile = parse_threshold(arguments.segment) if arguments.segment else None
@@ -142,6 +163,35 @@ def run_explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _explain_to_table(arguments: argparse.Namespace) -> int:
+    """Explain a set of pictures into a table."""
+    from onnxcam.cli.tables import say
+    from onnxcam.dataset import explain_dataset
+
+    if arguments.inputs:
+        raise UsageError("--parquet explains pictures: leave --input out")
+    if arguments.segment:
+        raise UsageError("--parquet writes raw maps and nothing else: leave --segment out")
+    chosen = _method(arguments)
+    images = find_pictures(arguments.images)
+    model = load_model(arguments)
+    with Bar(len(images), "explaining") as bar:
+        found = explain_dataset(
+            model, images, arguments.out, arguments.layers or ["auto"], arguments.targets,
+            engine_pool=arguments.engine_pool, workers=arguments.workers, batch_size=arguments.batch_size,
+            threads=arguments.threads, progress=bar.update, method=chosen, options=options_of(arguments),
+            concepts=_concepts(arguments.concepts), composite=arguments.composite, start=arguments.start,
+            attention=arguments.attention, engine=arguments.engine, dtype=arguments.dtype,
+            providers=arguments.providers or "cpu",
+        )  # fmt: skip
+    for warning in found.warnings:
+        print(f"onnxcam: warning: {warning}", file=sys.stderr)
+    for path, why in found.skipped.items():
+        print(f"onnxcam: warning: {path} is left out: {why}", file=sys.stderr)
+    say(f"{found.pictures} pictures; maps in {found.table}")
+    return 0
+
+
 def _method(arguments: argparse.Namespace) -> Method:
     """The method that the options name.
 
@@ -175,13 +225,20 @@ def _concepts(texts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def find_pictures(sources: Sequence[str]) -> list[str]:
-    """The picture files that the arguments name: folders are searched, not below themselves.
+    """The picture files that the arguments name, by path or URL: folders are searched, not below themselves.
 
     Raises:
         UsageError: a folder holds no picture.
     """
     found: list[str] = []
     for source in sources:
+        if is_url(source):
+            inside = files_in(source)
+            pictures = [source] if inside is None else [f for f in inside if Path(f).suffix.lower() in SUFFIXES]
+            if not pictures:
+                raise UsageError(f"{source} holds no picture ({', '.join(sorted(SUFFIXES))})")
+            found += pictures
+            continue
         path = Path(source)
         if not path.is_dir():
             found.append(source)

@@ -154,7 +154,8 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_preprocess(parser: argparse.ArgumentParser) -> None:
+def add_preprocess(parser: argparse.ArgumentParser, names: str = "--labels") -> None:
+    """Options on what the input is, and `names` for the names of the classes."""
     group = parser.add_argument_group(
         "preprocessing", "by default what the file's metadata says, else a guess that is said aloud"
     )
@@ -165,7 +166,7 @@ def add_preprocess(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", metavar="N|HxW", type=_size, help="input size, where the file leaves it open")
     group.add_argument("--resize", metavar="HOW", help="warp, crop, pad or exact")
     group.add_argument("--channel-order", metavar="ORDER", help="rgb, bgr or gray")
-    group.add_argument("--labels", metavar="FILE", help="class names: text, JSON or CSV")
+    group.add_argument(names, metavar="FILE", dest="labels", help="class names: text, JSON or CSV")
 
 
 def load_model(arguments: argparse.Namespace) -> Model:

@@ -42,6 +42,7 @@ INSTALL = {
 }
 # Where a provider keeps tensors, for those with a memory of their own that outputs can be bound to.
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+GPUS = ("ROCMExecutionProvider", "MIGraphXExecutionProvider", "DmlExecutionProvider")  # others on a GPU
 
 ProviderLike = str | tuple[str, Mapping[str, Any]]
 
@@ -82,6 +83,11 @@ class Settings:
         if not found:
             raise UsageError("there is no execution provider to run on: name one, cpu say")
         return cls(found, threads)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the provider that is preferred computes on a GPU."""
+        return self.providers[0].name in DEVICES or self.providers[0].name in GPUS
 
 
 class RuntimeSession:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxcam.errors import UsageError
+from onnxcam.locations import name_of
 from onnxcam.pictures import open_image, to_rgb
 
 Box = tuple[float, float, float, float]  # x, y, width, height
@@ -26,12 +27,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class Example:
-    """One picture: its path, its class if known, and where the object is, as boxes or as a mask."""
+    """One picture: its path or URL, its class if known, and where the object is, as boxes or as a mask."""
 
-    path: Path
+    path: str
     label: int | None = None
     boxes: tuple[Box, ...] = ()
     mask: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.path)
 
     @property
     def located(self) -> bool:
@@ -78,28 +83,32 @@ def examples(
     masks: str | Path | None = None,
     coco: str | Path | None = None,
     voc: str | Path | None = None,
+    offset: int = 0,
 ) -> list[Example]:
-    """The pictures with what the files say of them.
+    """The pictures with what the files say of them; `offset` is added to the classes.
 
     Raises:
         UsageError: a file is missing or says nothing of any of the pictures, or more than one says where objects are.
     """
-    paths = [Path(p) for p in pictures]
+    paths = [str(p) for p in pictures]
     if not paths:
         raise UsageError("there is no picture to evaluate on")
     given = [name for name, value in (("boxes", boxes), ("masks", masks), ("coco", coco), ("voc", voc)) if value]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} both say where the objects are: give one")
-    classes = {} if labels is None else _classes(Path(labels))
+    classes = {} if labels is None else {f: c + offset for f, c in _classes(Path(labels)).items()}
     found: Mapping[str, Sequence[Box]] = {}
     if boxes is not None:
         found = _csv_boxes(Path(boxes))
     elif coco is not None:
         found = _coco_boxes(Path(coco))
     elif voc is not None:
-        found = _voc_boxes(Path(voc), paths)
+        found = _voc_boxes(Path(voc), [name_of(p) for p in paths])
     drawn = {} if masks is None else _masks(Path(masks))
-    out = [Example(p, classes.get(p.name), tuple(found.get(p.name, ())), drawn.get(p.stem)) for p in paths]
+    out = [
+        Example(p, classes.get(name_of(p)), tuple(found.get(name_of(p), ())), drawn.get(Path(name_of(p)).stem))
+        for p in paths
+    ]
     if labels is not None and all(e.label is None for e in out):
         raise UsageError(f"{labels} names none of the pictures: its first column is the file's name")
     if given and not any(e.located for e in out):
@@ -166,17 +175,17 @@ def _coco_boxes(path: Path) -> dict[str, list[Box]]:
     return found
 
 
-def _voc_boxes(folder: Path, pictures: Sequence[Path]) -> dict[str, list[Box]]:
+def _voc_boxes(folder: Path, pictures: Sequence[str]) -> dict[str, list[Box]]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder of Pascal VOC files")
     found: dict[str, list[Box]] = {}
     for picture in pictures:
-        file = folder / f"{picture.stem}.xml"
+        file = folder / f"{Path(picture).stem}.xml"
         if not file.exists():
             continue
         try:
             root = ElementTree.fromstring(_text(file))
-            found[picture.name] = [
+            found[picture] = [
                 (x0, y0, x1 - x0, y1 - y0)
                 for box in root.iter("bndbox")
                 for x0, y0, x1, y1 in [[float(box.findtext(k) or "") for k in ("xmin", "ymin", "xmax", "ymax")]]

@@ -23,12 +23,14 @@ from onnxcam.errors import ModelError, UsageError
 from onnxcam.evaluation.examples import Example
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
 from onnxcam.files import writable_folder, write_atomically
+from onnxcam.locations import is_url
 from onnxcam.means import of_class, probabilities
 from onnxcam.methods import INPUT, Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.model import Model
 from onnxcam.named import named
 from onnxcam.pictures import open_image
+from onnxcam.pool import Pool, pool as find_pool
 from onnxcam.runners import as_rows
 from onnxcam.taps import expose
 
@@ -38,7 +40,7 @@ FLOORS = ("centre", "noise", "edges")
 TARGETS = ("predicted", "label")
 NOISE = 0.02  # of the input's range: what `stability` shakes it by
 STEP = 16  # versions of a picture in one run
-SMALL, LARGE = 0.1, 0.4  # part of the picture that an object covers, from which on it is no longer small, and is large
+SMALL, LARGE = 0.25, 0.5  # part of the picture that an object covers, from which on it is no longer small, and is large
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,24 @@ class Evaluation:
         with (self.folder / VALUES).open(newline="", encoding="utf-8") as stream:
             return list(csv.DictReader(stream))
 
+    def to_parquet(self) -> Path:
+        """The same values as `values.parquet`.
+
+        Raises:
+            UsageError: pyarrow is not installed, or the folder cannot be written to.
+        """
+        try:
+            import pyarrow as pa
+            from pyarrow import csv as table, parquet
+        except ImportError:
+            raise UsageError("Parquet needs pyarrow: pip install 'onnxcam[evaluate]'") from None
+        text = {name: pa.string() for name in COLUMNS}
+        kinds = table.ConvertOptions(
+            column_types=text | {"class": pa.int32(), "label": pa.int32(), "value": pa.float64()}
+        )
+        values = table.read_csv(self.folder / VALUES, convert_options=kinds)
+        return write_atomically(self.folder / "values.parquet", lambda s: parquet.write_table(values, s))
+
 
 def evaluate(
     model: Model,
@@ -69,6 +89,8 @@ def evaluate(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    engine_pool: str | Pool | None = None,
+    workers: int | None = None,
     **how: Any,
 ) -> Evaluation:
     """Explain every picture by every method at every layer, and measure the maps.
@@ -83,7 +105,9 @@ def evaluate(
         target: which class is explained: "predicted", or "label" where it is known.
         options: of methods, by name.
         progress: called with (done, total) pictures.
-        threads, how: more for `explain`.
+        engine_pool: "ray" to share the pictures out among actors of Ray.
+        workers: how many of them; by default one for each core, or GPU where that computes.
+        threads, how: more for `explain`; an actor has one thread.
 
     Raises:
         UsageError: something means nothing, or the folder holds another run.
@@ -93,7 +117,7 @@ def evaluate(
         raise UsageError(f"the class that is explained is {' or '.join(TARGETS)}, not {target!r}")
     if target == "label" and any(e.label is None for e in examples):
         missing = next(e for e in examples if e.label is None)
-        raise UsageError(f"the class of {missing.path.name} is not known: give --labels, or explain what is predicted")
+        raise UsageError(f"the class of {missing.name} is not known: give --labels, or explain what is predicted")
     chosen = [find_method(m) for m in methods]
     measures = [named("metric", name, MEASURES) for name in metrics]
     known = {"boxes": any(e.boxes for e in examples), "truth": any(e.located for e in examples)}
@@ -115,31 +139,61 @@ def evaluate(
     }
     done = _begun(folder, settings)
     skipped: dict[str, str] = {}
-    scorer = Scorer(model, Settings.of(how.get("providers", "cpu"), threads))
+    who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
+    threads = 1 if who.name == "ray" and threads is None else threads
+    work = _Measuring(
+        model, tuple(chosen), tuple(names), tuple(measures), floors, target, dict(options or {}),
+        dict(how, threads=threads), len(examples) > 1,
+    )  # fmt: skip
+    left = [example for example in examples if example.path not in done]
+    count = len(examples) - len(left)
+    if progress is not None and count:
+        progress(count, len(examples))
     with (folder / VALUES).open("a", newline="", encoding="utf-8") as stream:
-        for count, example in enumerate(examples):
-            if str(example.path) not in done:
-                try:
-                    rows = list(
-                        _measured(model, scorer, example, chosen, names, measures, floors, target, options or {},
-                                  dict(how, threads=threads))
-                    )  # fmt: skip
-                except UsageError as error:
-                    if example.path.exists() and len(examples) > 1 and _is_about(error, example):
-                        skipped[str(example.path)] = str(error)
-                        rows = []
-                    else:
-                        raise
-                stream.write(_lines(rows))  # a picture's rows at once, so that none is there in part
-                stream.flush()
+        for example, (rows, why) in zip(left, who.run(work, left), strict=True):
+            if why:
+                skipped[example.path] = why
+            stream.write(_lines(rows))  # a picture's rows at once, so that none is there in part
+            stream.flush()
+            count += 1
             if progress is not None:
-                progress(count + 1, len(examples))
-    return Evaluation(folder, len({str(e.path) for e in examples} - set(skipped)), skipped)
+                progress(count, len(examples))
+    return Evaluation(folder, len({e.path for e in examples} - set(skipped)), skipped)
 
 
-def _is_about(error: UsageError, example: Example) -> bool:
-    """True where a picture is at fault, not what was asked for."""
-    return example.path.name in str(error)
+@dataclass(frozen=True)
+class _Measuring:
+    """The work on one picture; gives its rows, or why it is left out."""
+
+    model: Model
+    methods: tuple[Method, ...]
+    layers: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    floors: bool
+    target: str
+    options: dict[str, Mapping[str, Any]]
+    how: dict[str, Any]
+    lenient: bool
+
+    def begin(self) -> Callable[[Example], tuple[list[list[Any]], str]]:
+        scorer = Scorer(self.model, Settings.of(self.how.get("providers", "cpu"), self.how["threads"]))
+
+        def measured(example: Example) -> tuple[list[list[Any]], str]:
+            try:
+                rows = _measured(
+                    self.model, scorer, example, self.methods, self.layers, self.measures, self.floors, self.target,
+                    self.options, self.how,
+                )  # fmt: skip
+                return list(rows), ""
+            except UsageError as error:
+                # A picture that is there and cannot be read is left out; one that is not there was named wrongly.
+                if not self.lenient or example.name not in str(error):
+                    raise
+                if not is_url(example.path) and not Path(example.path).exists():
+                    raise
+                return [], str(error)
+
+        return measured
 
 
 def _begun(folder: Path, settings: Mapping[str, Any]) -> set[str]:
@@ -231,7 +285,7 @@ def _measured(
     how: Mapping[str, Any],
 ) -> Iterator[list[Any]]:
     """The rows of one picture."""
-    prepared = model.preprocess.apply(open_image(str(example.path)), model.spec)
+    prepared = model.preprocess.apply(open_image(example.path), model.spec)
     x = prepared.array[0].astype(np.float64)
     x = x.transpose(2, 0, 1) if model.spec.layout == "NHWC" else x
     size = (x.shape[1], x.shape[2])
@@ -248,7 +302,7 @@ def _measured(
     for m in methods:
         places = [INPUT] if m.at_input else list(layers)
         more = dict(how, method=m, options=options.get(m.name))
-        found = model.explain(str(example.path), places, wanted, **more).maps
+        found = model.explain(example.path, places, wanted, **more).maps
         noisy = model.explain(_shaken(prepared.array, x), places, [explained], **more).maps if shaken else found
         maps += [(m.name, name, heat[0, 0], heat[0, -1], noisy[name][0, 0]) for name, heat in found.items()]
     if floors:
