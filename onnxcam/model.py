@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Size = tuple[int, ...]  # spatial sizes of the input
 GRAPHS = 8  # canonised graphs that a model holds: one for each input size, say
 SESSIONS = 8  # sessions likewise, each with weights of its own
+HELD = 4 * 1000**3  # bytes of weights that `hold` lets sessions hold
 
 
 @dataclass
@@ -116,6 +117,12 @@ class Model:
         self.__dict__.update(state)
         self._canonical = Recent(GRAPHS)
         self._sessions = Recent(SESSIONS)
+
+    def hold(self, sessions: int) -> None:
+        """Keep more sessions than usual, where many methods take turns: as many as that, if their weights fit."""
+        weights = self._read.proto.ByteSize() + sum(array.nbytes for array in self._read.weights.values())
+        self._sessions.limit = max(SESSIONS, min(sessions, HELD // max(weights, 1)))
+        self._canonical.limit = max(GRAPHS, self._sessions.limit)
 
     def __repr__(self) -> str:
         return f"<onnxcam.Model {self.name}: input {self.spec.name} {list(self.spec.shape)}, output {self.output}>"

@@ -24,6 +24,7 @@ class Case:
         probability, logit: versions (count, C, H, W) to the score of the class that was explained, (count,).
         truth: the object as a mask (H, W); None where it is not known.
         boxes: likewise, x, y, width, height in pixels of the input.
+        lost: the share of the relevance at the logits that did not arrive at the layer; NaN where none is carried.
         other: the map of another class, as it is made, where a metric asks for it; `shaken` that of the input with a
             little noise.
     """
@@ -36,6 +37,7 @@ class Case:
     boxes: list[m.Box]
     other: Array | None = None
     shaken: Array | None = None
+    lost: float = float("nan")
 
     @property
     def flat(self) -> Array:
@@ -183,6 +185,12 @@ MEASURES: dict[str, Measure] = {
             "lower",
             "correlation of the map with that of a random other class: 1 is blind to the class",
             other=True,
+        ),
+        Measure(
+            "conservation",
+            lambda c: c.lost,
+            "lower",
+            "the share of the relevance at the logits, by magnitude, that is lost on the way to the layer",
         ),
         Measure(
             "stability",

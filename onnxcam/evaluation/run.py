@@ -22,6 +22,7 @@ from onnxcam.engines.session import RuntimeSession, Settings
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.evaluation.examples import Example
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
+from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.locations import is_url
 from onnxcam.means import of_class, probabilities
@@ -176,6 +177,7 @@ class _Measuring:
     lenient: bool
 
     def begin(self) -> Callable[[Example], tuple[list[list[Any]], str]]:
+        self.model.hold(3 * len(self.methods) + 4)  # for one class and two, and taps of its own
         scorer = Scorer(self.model, Settings.of(self.how.get("providers", "cpu"), self.how["threads"]))
 
         def measured(example: Example) -> tuple[list[list[Any]], str]:
@@ -298,16 +300,19 @@ def _measured(
     if any(measure.other for measure in measures):
         wanted.append(_another(explained, max(logits.shape[1], 2), x))
     shaken = any(measure.shaken for measure in measures)
-    maps: list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]] = []  # and those of the other class, and shaken
+    # Of each also that of the other class, that of the shaken input, and how much relevance was lost.
+    maps: list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray, float]] = []
     for m in methods:
         places = [INPUT] if m.at_input else list(layers)
         more = dict(how, method=m, options=options.get(m.name))
-        found = model.explain(example.path, places, wanted, **more).maps
-        noisy = model.explain(_shaken(prepared.array, x), places, [explained], **more).maps if shaken else found
-        maps += [(m.name, name, heat[0, 0], heat[0, -1], noisy[name][0, 0]) for name, heat in found.items()]
+        e = model.explain(example.path, places, wanted, **more)
+        noisy = model.explain(_shaken(prepared.array, x), places, [explained], **more).maps if shaken else e.maps
+        maps += [
+            (m.name, name, heat[0, 0], heat[0, -1], noisy[name][0, 0], _lost(e, name)) for name, heat in e.maps.items()
+        ]
     if floors:
-        maps += [(name, "", heat, heat, heat) for name, heat in baselines(x).items()]
-    for name, layer, heat, other, moved in maps:
+        maps += [(name, "", heat, heat, heat, float("nan")) for name, heat in baselines(x).items()]
+    for name, layer, heat, other, moved, lost in maps:
         if heat.ndim != 2:
             raise UsageError(f"method {name} gives no map of two dimensions at layer {layer!r}: it cannot be evaluated")
         case = Case(
@@ -319,6 +324,7 @@ def _measured(
             list(boxes),
             upsampled(other.astype(np.float64), size),
             upsampled(moved.astype(np.float64), size),
+            lost,
         )
         for measure in measures:
             if (measure.truth and truth is None) or (measure.boxes and not boxes):
@@ -327,6 +333,15 @@ def _measured(
             label = "" if example.label is None else example.label
             value = f"{measure.value(case):.8g}"
             yield [example.path, explained, label, extent, name, layer, shape, measure.name, value]
+
+
+def _lost(e: Explanation, layer: str) -> float:
+    """The share of the relevance at the logits, by magnitude, that did not arrive at a layer; NaN where it is not known
+    or not meant to."""
+    c = e.conservation
+    if layer not in c.at_layers or not c.nodes:
+        return float("nan")
+    return float(abs(c.start[0, 0] - c.at_layers[layer][0, 0]) / max(c.start_magnitude[0, 0], 1e-30))
 
 
 def _seed(x: np.ndarray) -> int:
