@@ -329,7 +329,8 @@ def record(
             raise ModelError(unreached(name, rules, graph))
         at_layer = flow.relevance[layer.tensor]
         activation = layer.activation(ops, values.array(layer.tensor))
-        heat = method.combine(ops, activation, layer.relevance(ops, at_layer))
+        combine = method.formula(canonical.graph, layer, canonical.logits)
+        heat = combine(ops, activation, layer.relevance(ops, at_layer))
         heat = _images_first(ops, heat)
         if upsample:
             heat = _upsampled(ops, heat, graph.shape(canonical.input))

@@ -162,6 +162,18 @@ COMPOSITES: dict[str, Composite] = {
             about="relevance_cam with sums and averages shared by their own sign; the default of transformers",
         ),
         Composite(
+            "contrast_map",
+            _lrp(Gamma(1.0, "absorb", 1e-6), ZPlus(), Proportional(guard=1e-6)),
+            last=ZPlus(),
+            about="gamma 1, and z-plus next to the logits: chosen by measurement (docs/evidence.md)",
+        ),
+        Composite(
+            "contrast_map_signed",
+            _lrp(Gamma(1.0, "absorb", 1e-6), SameSign(), SameSign()),
+            last=ZPlus(),
+            about="contrast_map with sums and averages shared by their own sign; for transformers",
+        ),
+        Composite(
             "relevance_cam_authors",
             _lrp(authors.conv, authors.adaptive_pool, authors.add, normalisation=authors.batch_norm),
             by_op=authors.BY_OP,
@@ -219,7 +231,9 @@ COMPOSITES: dict[str, Composite] = {
 }
 
 
-SIGNED = {"relevance_cam": "relevance_cam_signed"}  # what suits networks whose features have both signs
+SIGNED = {
+    name: f"{name}_signed" for name in ("relevance_cam", "contrast_map")
+}  # what suits networks whose features have both signs
 
 
 def suited(name: str, graph: Graph) -> Composite:

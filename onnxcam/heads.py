@@ -8,6 +8,8 @@ logits (Softmax, Sigmoid, ...), chooses among them (ArgMax, TopK, a threshold, .
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
 from onnxcam.errors import ModelError
@@ -130,3 +132,62 @@ def count_classes(shape: Shape, batch: int | None) -> int:
     for n in shape[1:]:
         count *= n if isinstance(n, int) else 1
     return count
+
+
+_POINTWISE = frozenset(
+    "Add Sub Mul Div Pow Sqrt Exp Max Min Sum Identity Dropout Cast Clip Relu LeakyRelu PRelu Elu Selu Celu Gelu "
+    "Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign Erf Softmax LogSoftmax BatchNormalization "
+    "LayerNormalization QuantizeLinear DequantizeLinear Concat Split Slice Neg Abs".split()
+)  # what acts on each cell by itself; normalisations over channels among them
+_LAYOUT = frozenset("Flatten Reshape Transpose Squeeze Unsqueeze Expand".split())
+_GLOBAL = ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+_POOLS = ("AveragePool", "MaxPool", "LpPool", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
+
+
+def cells_apart(graph: Graph, tensor: str, logits: str, spatial: Shape) -> bool:
+    """Whether nothing between a map and the logits mixes its cells before they are all pooled into one.
+
+    So it is at the last layer of most convolutional networks: pointwise layers and a global pooling follow. Where it is
+    not known, the answer is False.
+    """
+    area = prod(n if isinstance(n, int) else 0 for n in spatial)
+    if not spatial or not area:
+        return False
+    pooled = {tensor: area == 1}
+    for node in graph.between([tensor], logits):
+        seen = [name for name in node.inputs if name in pooled]
+        if (
+            all(pooled[name] for name in seen)
+            or node.op_type in _GLOBAL
+            or (node.op_type in _POOLS and _pools(graph, node, area))
+        ):
+            state = True
+        elif _is_pointwise(node, graph):
+            state = False
+        else:
+            return False
+        pooled.update(dict.fromkeys(node.outputs, state))
+    return pooled.get(logits, False)
+
+
+def _is_pointwise(node: Node, graph: Graph) -> bool:
+    if node.op_type == "Conv":
+        weight = graph.shape(node.inputs[1])
+        kernel = () if weight is None else weight[2:]
+        ones = bool(kernel) and all(n == 1 for n in kernel)
+        return ones and all(n == 1 for n in node.attr("strides", ())) and not any(node.attr("pads", ()))
+    if node.op_type == "MatMul":  # of the channels, where they come last
+        before = graph.shape(node.inputs[0])
+        return node.is_constant(1) and before is not None and len(before) > 2
+    return node.op_type in _POINTWISE or node.op_type in _LAYOUT
+
+
+def _pools(graph: Graph, node: Node, area: int) -> bool:
+    """Whether as many numbers become one as a map has cells."""
+    sizes = []
+    for name in (node.inputs[0], node.outputs[0]):
+        shape = graph.shape(name)
+        if shape is None:
+            return False
+        sizes.append(prod(n for n in shape if isinstance(n, int)))
+    return sizes[0] == area * sizes[1]

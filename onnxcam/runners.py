@@ -115,7 +115,8 @@ class ArrayRunner:
                 raise ModelError(unreached(layer_name, job.rules, job.canonical.graph))
             at_layer = flow.relevance[layer.tensor]
             activation = layer.activation(ops, ops.asarray(taps[layer.tensor]))
-            heat = job.method.combine(ops, activation, layer.relevance(ops, at_layer))
+            combine = job.method.formula(job.canonical.graph, layer, name)
+            heat = combine(ops, activation, layer.relevance(ops, at_layer))
             maps[layer_name] = np.moveaxis(np.asarray(ops.to_host(heat)), 0, 1).astype(np.float32)
             sums[layer_name] = _rows(
                 ops.to_host(per_image(ops, job.canonical.graph, layer.tensor, at_layer, classes.shape[0]))

@@ -122,10 +122,21 @@ def test_the_label_can_be_explained(place: Path, model: onnxcam.Model, tmp_path:
         evaluate(model, listed(place), ["grad-cam"], ["A4"], ["entropy"], tmp_path / "x", target="label")
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", [name for name in MEASURES if name != "conservation"])
 def test_every_metric_gives_a_number(place: Path, model: onnxcam.Model, tmp_path: Path, name: str) -> None:
     found = evaluate(model, listed(place, boxes="boxes.csv")[:1], ["layercam"], ["A4"], [name], tmp_path)
     assert len(found.rows) == 4 and all(np.isfinite(float(r["value"])) for r in found.rows)
+
+
+def test_conservation_is_what_the_walk_lost(place: Path, model: onnxcam.Model, tmp_path: Path) -> None:
+    found = evaluate(model, listed(place)[:1], ["lrp", "grad-cam"], ["A2", "A4"], ["conservation"], tmp_path)
+    values = {(row["method"], row["layer"]): float(row["value"]) for row in found.rows}
+    e = model.explain(place / "pictures" / "0.png", ["A2", "A4"], method="lrp")
+    start = np.abs(e.conservation.start_magnitude[0, 0])
+    for name in ("A2", "A4"):
+        lost = abs(e.conservation.start[0, 0] - e.maps[name].sum(dtype=np.float64)) / start
+        assert values["lrp", name] == pytest.approx(lost, abs=1e-6)
+        assert np.isnan(values["grad-cam", name])  # the gradient conserves nothing
 
 
 def test_baselines_do_not_change(place: Path, model: onnxcam.Model) -> None:

@@ -105,6 +105,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     lines = summarise(found.rows)
     save(lines, found.folder / "summary.csv")
     parts = {"All pictures": lines}
+    if any(e.label is not None for e in listed) and arguments.target == "predicted":
+        parts["Pictures that are classified right"] = summarise(found.rows, right=True)
     for objects in ("small", "medium", "large"):
         some = [line for line in summarise(found.rows, objects=objects) if MEASURES[line.metric].better]
         if some:

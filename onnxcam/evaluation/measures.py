@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,11 @@ class Case:
     other: Array | None = None
     shaken: Array | None = None
     lost: float = float("nan")
+
+    @cached_property
+    def soft(self) -> f.Drop:
+        """The probability before and behind the map."""
+        return f.soft_drop(self.probability, self.x, self.heat)
 
     @property
     def flat(self) -> Array:
@@ -113,13 +119,13 @@ MEASURES: dict[str, Measure] = {
     for measure in (
         Measure(
             "average-drop",
-            lambda c: f.soft_drop(c.probability, c.x, c.heat).drop,
+            lambda c: c.soft.drop,
             "lower",
             "what the probability loses behind the map, a part of 1 (Chattopadhay et al. 2018)",
         ),
         Measure(
             "average-increase",
-            lambda c: f.soft_drop(c.probability, c.x, c.heat).increase,
+            lambda c: c.soft.increase,
             "higher",
             "how often it rises",
         ),

@@ -8,8 +8,6 @@ does not beat those says nothing.
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +21,7 @@ from onnxcam.errors import ModelError, UsageError
 from onnxcam.evaluation.examples import Example
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
 from onnxcam.explanation import Explanation
-from onnxcam.files import writable_folder, write_atomically
+from onnxcam.journal import VALUES, Journal, to_parquet
 from onnxcam.locations import is_url
 from onnxcam.means import of_class, probabilities
 from onnxcam.methods import INPUT, Method, method as find_method
@@ -36,7 +34,6 @@ from onnxcam.runners import as_rows
 from onnxcam.taps import expose
 
 COLUMNS = ("image", "class", "label", "object", "method", "layer", "map", "metric", "value")
-VALUES, SETTINGS = "values.csv", "settings.json"
 FLOORS = ("centre", "noise", "edges")
 TARGETS = ("predicted", "label")
 NOISE = 0.02  # of the input's range: what `stability` shakes it by
@@ -64,17 +61,8 @@ class Evaluation:
         Raises:
             UsageError: pyarrow is not installed, or the folder cannot be written to.
         """
-        try:
-            import pyarrow as pa
-            from pyarrow import csv as table, parquet
-        except ImportError:
-            raise UsageError("Parquet needs pyarrow: pip install 'onnxcam[evaluate]'") from None
-        text = {name: pa.string() for name in COLUMNS}
-        kinds = table.ConvertOptions(
-            column_types=text | {"class": pa.int32(), "label": pa.int32(), "value": pa.float64()}
-        )
-        values = table.read_csv(self.folder / VALUES, convert_options=kinds)
-        return write_atomically(self.folder / "values.parquet", lambda s: parquet.write_table(values, s))
+        numbers = ("class", "label", "value")
+        return to_parquet(self.folder / VALUES, [c for c in COLUMNS if c not in numbers], ("class", "label"))
 
 
 def evaluate(
@@ -128,7 +116,6 @@ def evaluate(
             "give boxes or masks, or other metrics"
         )
     names = list(model.resolve(list(layers)))
-    folder = writable_folder(out)
     settings = {
         "model": model.sha256,
         "methods": [[m.name, dict((options or {}).get(m.name, {}))] for m in chosen],
@@ -138,7 +125,7 @@ def evaluate(
         "target": target,
         "how": {key: str(value) for key, value in sorted(how.items())},
     }
-    done = _begun(folder, settings)
+    journal = Journal(out, COLUMNS, settings)
     skipped: dict[str, str] = {}
     who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
     threads = 1 if who.name == "ray" and threads is None else threads
@@ -146,20 +133,19 @@ def evaluate(
         model, tuple(chosen), tuple(names), tuple(measures), floors, target, dict(options or {}),
         dict(how, threads=threads), len(examples) > 1,
     )  # fmt: skip
-    left = [example for example in examples if example.path not in done]
+    left = [example for example in examples if example.path not in journal.done]
     count = len(examples) - len(left)
     if progress is not None and count:
         progress(count, len(examples))
-    with (folder / VALUES).open("a", newline="", encoding="utf-8") as stream:
+    with journal.writing() as values:
         for example, (rows, why) in zip(left, who.run(work, left), strict=True):
             if why:
                 skipped[example.path] = why
-            stream.write(_lines(rows))  # a picture's rows at once, so that none is there in part
-            stream.flush()
+            values.add(rows)
             count += 1
             if progress is not None:
                 progress(count, len(examples))
-    return Evaluation(folder, len({e.path for e in examples} - set(skipped)), skipped)
+    return Evaluation(journal.folder, len({e.path for e in examples} - set(skipped)), skipped)
 
 
 @dataclass(frozen=True)
@@ -196,44 +182,6 @@ class _Measuring:
                 return [], str(error)
 
         return measured
-
-
-def _begun(folder: Path, settings: Mapping[str, Any]) -> set[str]:
-    """The pictures that the folder has values of; what an interruption left in part is taken away.
-
-    Raises:
-        UsageError: the values are of another run.
-    """
-    values, known = folder / VALUES, folder / SETTINGS
-    if known.exists():
-        if json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
-            raise UsageError(f"{folder} holds values of another model or other settings: give another folder")
-    elif values.exists():
-        raise UsageError(f"{values} is of no run of onnxcam: give another folder")
-    write_atomically(known, lambda s: s.write((json.dumps(settings, indent=2) + "\n").encode()))
-    if not values.exists():
-        write_atomically(values, lambda s: s.write((",".join(COLUMNS) + "\n").encode()))
-        return set()
-    text = values.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["image"]] = counts.get(row["image"], 0) + 1
-    last = rows[-1]["image"] if rows else None
-    if last is not None and (whole != text or counts[last] < max(counts.values())):
-        # Fewer rows than others may also be for want of a truth: then they are measured again, and come out the same.
-        rows = [row for row in rows if row["image"] != last]
-        kept = ",".join(COLUMNS) + "\n" + _lines([[row[c] for c in COLUMNS] for row in rows])
-        write_atomically(values, lambda s: s.write(kept.encode()))
-        counts.pop(last)
-    return set(counts)
-
-
-def _lines(rows: Sequence[Sequence[Any]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue()
 
 
 class Scorer:
@@ -274,6 +222,22 @@ class Scorer:
         return found[:, target]
 
 
+class _Remembering:
+    """A score that knows the score of the picture itself, which most metrics begin with."""
+
+    def __init__(self, score: Callable[[np.ndarray], np.ndarray], x: np.ndarray):
+        self.score, self.x = score, x
+        self.known: float | None = None
+
+    def __call__(self, versions: np.ndarray) -> np.ndarray:
+        if not np.array_equal(versions[0], self.x):
+            return self.score(versions)
+        if self.known is None:
+            self.known = float(self.score(versions[:1])[0])
+        rest = [self.score(versions[1:])] if len(versions) > 1 else []
+        return np.concatenate([[self.known], *rest])
+
+
 def _measured(
     model: Model,
     scorer: Scorer,
@@ -312,18 +276,20 @@ def _measured(
         ]
     if floors:
         maps += [(name, "", heat, heat, heat, float("nan")) for name, heat in baselines(x).items()]
+    probability = _Remembering(lambda versions: scorer.score(versions, explained, True), x)
+    logit = _Remembering(lambda versions: scorer.score(versions, explained, False), x)
     for name, layer, heat, other, moved, lost in maps:
         if heat.ndim != 2:
             raise UsageError(f"method {name} gives no map of two dimensions at layer {layer!r}: it cannot be evaluated")
         case = Case(
             upsampled(heat.astype(np.float64), size),
             x,
-            lambda versions: scorer.score(versions, explained, True),
-            lambda versions: scorer.score(versions, explained, False),
+            probability,
+            logit,
             truth,
             list(boxes),
-            upsampled(other.astype(np.float64), size),
-            upsampled(moved.astype(np.float64), size),
+            upsampled(other.astype(np.float64), size) if len(wanted) > 1 else None,
+            upsampled(moved.astype(np.float64), size) if shaken else None,
             lost,
         )
         for measure in measures:

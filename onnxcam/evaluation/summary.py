@@ -47,7 +47,10 @@ class Line:
 
 
 def summarise(
-    rows: Iterable[Mapping[str, str]], reference: str | None = None, objects: str | None = None
+    rows: Iterable[Mapping[str, str]],
+    reference: str | None = None,
+    objects: str | None = None,
+    right: bool = False,
 ) -> list[Line]:
     """A line for each method, layer and metric.
 
@@ -55,10 +58,13 @@ def summarise(
         rows: of `values.csv`.
         reference: the method that the others are compared with; by default the first.
         objects: "small", "medium" or "large": pictures with such objects only.
+        right: only pictures whose class is known and was explained: with target "predicted", those classified right.
     """
     values: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         value = float(row["value"])
+        if right and row["class"] != row["label"]:
+            continue
         if not np.isnan(value) and (objects is None or row["object"] == objects):
             values[row["method"], row["layer"], row["map"], row["metric"]][row["image"]] = value
     methods = list(dict.fromkeys(key[0] for key in values))

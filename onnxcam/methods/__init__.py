@@ -48,6 +48,16 @@ METHODS: dict[str, Method] = {
             "channels weighted by the spatial mean of their relevance (Lee et al. 2021)",
         ),
         Method(
+            "contrast-map",
+            lrp.combine,
+            "contrast_map",
+            "contrast",
+            False,
+            "what speaks for the class more than for others: relevance, channels summed; at the last layer weighted by "
+            "channel; recommended, see docs/evidence.md",
+            combine_apart=relevance_cam.combine,
+        ),
+        Method(
             "lrp",
             lrp.combine,
             *_RELEVANCE,

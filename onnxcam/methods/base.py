@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from onnxcam.errors import UsageError
 from onnxcam.graph import Graph
+from onnxcam.heads import cells_apart
 
 if TYPE_CHECKING:
     from onnxcam.layers import Layer
@@ -41,6 +42,7 @@ class Method:
         needs: says of a layer why the method means nothing there, None where it does.
         at_input: meant for the input, which is explained unless another layer is named.
         channels: the result has a number for each channel and no map.
+        combine_apart: the formula where nothing between the layer and the logits mixes cells, if that is another.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Method:
     needs: Needs | None = None
     at_input: bool = False
     channels: bool = False
+    combine_apart: Combine | None = None
 
     compiles: ClassVar[bool] = True  # one model can compute it
     walks: ClassVar[bool] = True  # relevance or gradients are carried back, so that every op on the way must be known
@@ -67,6 +70,12 @@ class Method:
         for name, layer in layers.items():
             if self.needs is not None and (why := self.needs(graph, layer.tensor, logits)):
                 raise UsageError(f"method {self.name} means nothing at layer {name!r}: {why}")
+
+    def formula(self, graph: Graph, layer: Layer, logits: str) -> Combine:
+        """The combination at a layer."""
+        if self.combine_apart is not None and cells_apart(graph, layer.tensor, logits, layer.spatial):
+            return self.combine_apart
+        return self.combine
 
     def places(self, typed: Sequence[Any], model: Model) -> list[Any]:
         """The layers that are meant where none was named: the input, for a method that is meant for that; of several

@@ -1,0 +1,268 @@
+"""Explain every picture by both models, for the class that the first one predicts, and measure how the maps agree.
+
+Rows are written picture by picture: memory does not grow with the set, an interrupted run goes on where it stopped, and
+pictures may be shared out to actors of Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcam.audit.drift import Drift, drift
+from onnxcam.audit.matching import Pair, chosen
+from onnxcam.engines.session import Settings
+from onnxcam.errors import UsageError
+from onnxcam.evaluation.examples import Example
+from onnxcam.explanation import Explanation
+from onnxcam.files import writable_folder, write_atomically
+from onnxcam.journal import VALUES, Journal, to_parquet
+from onnxcam.locations import is_url
+from onnxcam.methods import Method, method as find_method
+from onnxcam.methods.upsample import upsampled
+from onnxcam.metrics import agreement, localisation
+from onnxcam.model import Model
+from onnxcam.pictures import open_image
+from onnxcam.pool import Pool, pool as find_pool
+
+MEASURED = ("rank", "ssim", "iou", "shift", "energy_a", "energy_b")
+COLUMNS = (
+    "image", "number", "label", "class_a", "class_b", "explained", "probability_a", "probability_b", "layer", *MEASURED,
+)  # fmt: skip
+TARGETS = ("predicted", "label")
+THUMBS = "maps"
+SIDE = 224  # of the pictures in the report, at most
+SAMPLE = 16  # pictures that activations are compared on
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was measured.
+
+    Attributes:
+        folder: with `values.csv`, and `maps/` with pictures of both maps.
+        names: of the two models.
+        pairs: the layers that were explained.
+        drift: how like the activations of the two are, layer by layer, the input first.
+        pictures: how many there are.
+        skipped: those that were left out, and why.
+    """
+
+    folder: Path
+    names: tuple[str, str]
+    pairs: list[Pair]
+    drift: list[Drift]
+    pictures: int
+    skipped: dict[str, str]
+    settings: dict[str, Any]
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        """All rows, one at a time."""
+        import csv
+
+        with (self.folder / VALUES).open(newline="", encoding="utf-8") as stream:
+            yield from csv.DictReader(stream)
+
+    def to_parquet(self) -> Path:
+        """The same as `values.parquet`; raises UsageError where pyarrow is not installed."""
+        whole = ("number", "label", "class_a", "class_b", "explained")
+        return to_parquet(self.folder / VALUES, ("image", "layer"), whole)
+
+
+def audit(
+    first: Model,
+    second: Model,
+    examples: Sequence[Example],
+    layers: Sequence[str | int] = ("suggested",),
+    out: str | Path = "onnxcam-audit",
+    *,
+    asked: Mapping[str, str] | None = None,
+    method: str | Method = "relevance-cam",
+    options: Mapping[str, Any] | None = None,
+    target: str = "predicted",
+    offset: int = 0,
+    thumbs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+    engine_pool: str | Pool | None = None,
+    workers: int | None = None,
+    **how: Any,
+) -> Audit:
+    """Compare two models over pictures.
+
+    Args:
+        first, second: from `onnxcam.load`; each with its own preprocessing.
+        examples: pictures with what is known of them.
+        layers: of the first model; `asked` says by name which of the second goes with one of the first, where that
+            should not be found by name, order or depth.
+        out: the folder; one that holds part of the same run is gone on with.
+        method, options, how: as for `explain`, the same for both.
+        target: the class that both explain: what the first predicts ("predicted"), or the "label".
+        offset: class c of the first is class c + offset of the second.
+        thumbs: of how many pictures the maps are drawn, for the report; by default of all.
+        progress: called with (done, total) pictures.
+        threads, engine_pool, workers: as for `evaluate`.
+
+    Raises:
+        UsageError: something means nothing, or the folder holds another run.
+        ModelError: as `explain`.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"the class that is explained is {' or '.join(TARGETS)}, not {target!r}")
+    if target == "label" and any(e.label is None for e in examples):
+        missing = next(e for e in examples if e.label is None)
+        raise UsageError(f"the class of {missing.name} is not known: give --labels, or explain what is predicted")
+    if first.spec.layout is None or second.spec.layout is None:
+        which = first if first.spec.layout is None else second
+        raise UsageError(f"{which.name}: {which.spec.why_no_image}; an audit compares models of pictures")
+    pairs = chosen(first, second, layers, asked)
+    if not pairs:
+        raise UsageError("there is no layer to compare")
+    explained = find_method(method)
+    settings = {
+        "models": [first.sha256, second.sha256],
+        "preprocess": [first.preprocess.to_json(), second.preprocess.to_json()],
+        "layers": [[p.name, p.a.tensor, p.b.tensor] for p in pairs],
+        "method": [explained.name, dict(options or {})],
+        "target": target,
+        "offset": offset,
+        "thumbs": thumbs,
+        "how": {key: str(value) for key, value in sorted(how.items())},
+    }
+    journal = Journal(out, COLUMNS, settings)
+    if thumbs is None or thumbs > 0:
+        writable_folder(journal.folder / THUMBS)
+    who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
+    threads = 1 if who.name == "ray" and threads is None else threads
+    work = _Auditing(
+        first, second, pairs, explained, dict(options or {}), target, offset, thumbs, len(examples) > 1,
+        dict(how, threads=threads),
+    )  # fmt: skip
+    left = [(i, example) for i, example in enumerate(examples) if example.path not in journal.done]
+    skipped: dict[str, str] = {}
+    count = len(examples) - len(left)
+    if progress is not None and count:
+        progress(count, len(examples))
+    with journal.writing() as values:
+        for (number, example), part in zip(left, who.run(work, left), strict=True):
+            for side, content in zip("ab", part.pictures, strict=False):
+                _save(journal.folder / THUMBS / f"{number:06d}-{side}.jpg", content)
+            if part.why:
+                skipped[example.path] = part.why
+            values.add(part.rows)
+            count += 1
+            if progress is not None:
+                progress(count, len(examples))
+    readable = [e.path for e in examples if e.path not in skipped][:SAMPLE]
+    if not readable:
+        raise UsageError(next(iter(skipped.values()), "there is no picture to compare on"))
+    parted = drift(first, second, readable, Settings.of(how.get("providers", "cpu"), threads))
+    pictures = len({e.path for e in examples} - set(skipped))
+    return Audit(journal.folder, (first.name, second.name), pairs, parted, pictures, skipped, settings)
+
+
+def _save(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda s: s.write(content))
+
+
+@dataclass(frozen=True)
+class _Part:
+    rows: list[list[Any]]
+    pictures: tuple[bytes, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Auditing:
+    """The work on one picture."""
+
+    first: Model
+    second: Model
+    pairs: list[Pair]
+    method: Method
+    options: dict[str, Any]
+    target: str
+    offset: int
+    thumbs: int | None
+    lenient: bool
+    how: dict[str, Any]
+
+    def begin(self) -> Callable[[tuple[int, Example]], _Part]:
+        def audited(item: tuple[int, Example]) -> _Part:
+            number, example = item
+            try:
+                return self._part(number, example)
+            except UsageError as error:
+                # A picture that is there and cannot be read is left out; one that is not there was named wrongly.
+                there = is_url(example.path) or Path(example.path).exists()
+                if not self.lenient or example.name not in str(error) or not there:
+                    raise
+                return _Part([], (), str(error))
+
+        return audited
+
+    def _part(self, number: int, example: Example) -> _Part:
+        same = {"method": self.method, "options": self.options, **self.how}
+        wanted = "predicted" if self.target == "predicted" else int(example.label or 0)
+        a = self.first.explain(example.path, [p.a for p in self.pairs], [wanted], **same)
+        explained = int(a.targets[0, 0])
+        b = self.second.explain(example.path, [p.b for p in self.pairs], [explained + self.offset], **same)
+        image = open_image(example.path)
+        seen = [m.preprocess.apply(image, m.spec) for m in (self.first, self.second)]
+        size = self.first.size
+        truth, _ = example.seen(seen[0].window, (size[0], size[1]))
+        rows: list[list[Any]] = []
+        maps: list[tuple[np.ndarray, np.ndarray]] = []
+        for pair in self.pairs:
+            one = _map(a, pair.a).astype(np.float64)
+            other = _map(b, pair.b).astype(np.float64)
+            if one.ndim != 2 or other.ndim != 2:
+                raise UsageError(f"method {self.method.name} gives no map of two dimensions at layer {pair.name!r}")
+            moved = agreement.in_window(other, seen[1].window, seen[0].window, (one.shape[0], one.shape[1]))
+            maps.append((one, moved))
+            energies = [
+                float("nan") if truth is None else localisation.energy_inside(upsampled(m, size), truth)
+                for m in (one, moved)
+            ]
+            found = [
+                agreement.rank_correlation(one, moved), agreement.structure(one, moved), agreement.top_iou(one, moved),
+                agreement.shift(one, moved), *energies,
+            ]  # fmt: skip
+            rows.append(
+                [
+                    example.path, number, "" if example.label is None else example.label, _predicted(a),
+                    _predicted(b) - self.offset, explained, f"{a.probability(0, 0):.6g}", f"{b.probability(0, 0):.6g}",
+                    pair.name, *(f"{value:.6g}" for value in found),
+                ]
+            )  # fmt: skip
+        drawn: tuple[bytes, ...] = ()
+        if self.thumbs is None or number < self.thumbs:
+            drawn = tuple(_drawn(seen[0].view, m) for m in maps[-1])
+        return _Part(rows, drawn)
+
+
+def _map(e: Explanation, layer: Any) -> np.ndarray:
+    """The map of a layer, by tensor: two layers may have one node's name."""
+    name = next(n for n, found in e.layers.items() if found.tensor == layer.tensor)
+    return e.maps[name][0, 0]
+
+
+def _predicted(e: Explanation) -> int:
+    """The class that a model predicts; of one logit 0 or 1."""
+    row = e.logits[0]
+    return int(row.argmax()) if len(row) > 1 else int(row[0] > 0)
+
+
+def _drawn(view: Any, heat: np.ndarray) -> bytes:
+    """The map over what the first model saw, as a JPEG."""
+    import io
+
+    from onnxcam.render.overlay import blend
+
+    stream = io.BytesIO()
+    blend(view, heat, size=SIDE).save(stream, "JPEG", quality=82)
+    return stream.getvalue()

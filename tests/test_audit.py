@@ -1,0 +1,369 @@
+"""`audit`: agreement of maps against SciPy and scikit-image, layers matched, planted drifts found, what is written.
+
+Oracles: SciPy's spearmanr and binomial distribution; arrays made by hand; maps of `Model.explain`; Chromium for the page,
+where it is installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+from scipy import stats
+
+import onnxcam
+from onnxcam.audit import audit, findings, matched
+from onnxcam.audit.drift import drift, parted_at
+from onnxcam.audit.verdict import junit, markdown, mcnemar
+from onnxcam.cli import main
+from onnxcam.engines.session import Settings
+from onnxcam.errors import UsageError
+from onnxcam.evaluation.examples import examples
+from onnxcam.metrics import agreement
+from onnxcam.render.audit_page import save_page
+from small_nets import resnet
+
+RNG = np.random.default_rng(0)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def permuted(model: onnx.ModelProto, weight: str) -> onnx.ModelProto:
+    """The model with the output channels of one weight in another order."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for tensor in changed.graph.initializer:
+        if tensor.name == weight:
+            array = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(np.roll(array, 1, axis=0)), weight))
+    return changed
+
+
+def renamed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with other names for all that is inside."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    outer = {v.name for v in (*changed.graph.input, *changed.graph.output)}
+    for node in changed.graph.node:
+        node.name = f"other/{node.name}"
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = name if name in outer or not name else f"other/{name}"
+    for tensor in changed.graph.initializer:
+        tensor.name = f"other/{tensor.name}"
+    del changed.graph.value_info[:]
+    return changed
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("audit")
+    net = resnet()
+    onnx.save(net, folder / "a.onnx")
+    rng = np.random.default_rng(0)
+    noisy = onnx.ModelProto()
+    noisy.CopyFrom(net)
+    for tensor in noisy.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.ndim > 1:
+            array = (array * (1 + 1e-3 * rng.standard_normal(array.shape))).astype(array.dtype)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(noisy, folder / "close.onnx")
+    onnx.save(renamed(net), folder / "renamed.onnx")
+    (folder / "pictures").mkdir()
+    for i in range(6):
+        blob = np.zeros((40, 40, 3))
+        blob[5 + 3 * i : 20 + 3 * i, 8:26] = rng.random(3)
+        noise = 0.2 * rng.random(blob.shape)
+        Image.fromarray((255 * np.clip(blob + noise, 0, 1)).astype(np.uint8)).save(folder / "pictures" / f"{i}.png")
+    (folder / "boxes.csv").write_text(
+        "file,x0,y0,x1,y1\n" + "".join(f"{i}.png,8,{5 + 3 * i},26,{20 + 3 * i}\n" for i in range(6))
+    )
+    (folder / "labels.csv").write_text("file,class\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(6)))
+    return folder
+
+
+def model(place: Path, name: str, preprocess: str = "unit") -> onnxcam.Model:
+    return onnxcam.load(place / f"{name}.onnx", preprocess=preprocess)
+
+
+def known(place: Path, **truths: str):
+    return examples(sorted((place / "pictures").iterdir()), **{k: place / v for k, v in truths.items()})
+
+
+# -- agreement of two maps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["real", "ties"])
+def test_rank_correlation_is_scipys(kind: str) -> None:
+    for _ in range(5):
+        a, b = RNG.standard_normal((2, 7, 9))
+        if kind == "ties":
+            a, b = np.maximum(a, 0), np.round(b)
+        assert agreement.rank_correlation(a, b) == pytest.approx(
+            stats.spearmanr(a.ravel(), b.ravel()).statistic, abs=1e-12
+        )
+
+
+def test_equal_maps_agree_wholly_and_constant_ones_are_no_error() -> None:
+    a, flat = RNG.random((7, 7)), np.ones((7, 7))
+    assert agreement.rank_correlation(a, 2 * a + 1) == pytest.approx(1) and agreement.rank_correlation(
+        a, -a
+    ) == pytest.approx(-1)
+    assert agreement.rank_correlation(a, flat) == 0 and agreement.rank_correlation(flat, 3 * flat) == 1
+    assert agreement.structure(a, 5 * a) == pytest.approx(1) and agreement.structure(a, a[::-1]) < 0.9
+    assert agreement.structure(np.zeros((7, 7)), np.zeros((7, 7))) == pytest.approx(1)
+    assert agreement.top_iou(a, a) == 1 and agreement.top_iou(a, -a) == 0 and agreement.top_iou(flat, flat) == 1
+    assert agreement.shift(a, a) == 0 and np.isnan(agreement.shift(a, -a))
+    assert agreement.likeness(a, a) == 1 and agreement.likeness(a, -a) == pytest.approx(0)
+
+
+def test_the_centre_of_mass_moves_by_a_share_of_the_diagonal() -> None:
+    a, b = np.zeros((10, 20)), np.zeros((10, 20))
+    a[0, 0], b[9, 19] = 1, 5
+    assert agreement.shift(a, b) == pytest.approx(np.hypot(0.9, 0.95) / np.sqrt(2))
+
+
+def test_a_map_is_moved_into_the_window_of_another() -> None:
+    """A map over the whole of a picture, seen from a model that saw its middle, by bilinear sampling of a plane."""
+    ys, xs = (np.arange(40) + 0.5, np.arange(60) + 0.5)
+    plane = 2 * ys[:, None] + 3 * xs[None]
+    found = agreement.in_window(plane, (0, 0, 60, 40), (15, 10, 45, 30), (4, 6))
+    y, x = 10 + (np.arange(4) + 0.5) * 5, 15 + (np.arange(6) + 0.5) * 5
+    np.testing.assert_allclose(found, 2 * y[:, None] + 3 * x[None], atol=1e-9)
+    np.testing.assert_array_equal(agreement.in_window(plane, (0, 0, 60, 40), (0, 0, 60, 40), (40, 60)), plane)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------
+
+
+def test_layers_go_together_by_name_or_else_by_order(place: Path) -> None:
+    a = model(place, "a")
+    for name, how in (("close", "name"), ("renamed", "order")):
+        pairs = matched(a, model(place, name))
+        assert len(pairs) == len(a.layers()) and {p.how for p in pairs.values()} == {how}
+        assert [p.a.spatial for p in pairs.values()] == [p.b.spatial for p in pairs.values()]
+        assert [p.b.node.removeprefix("other/") for p in pairs.values()] == [p.a.node for p in pairs.values()]
+
+
+# -- drifts that are planted -------------------------------------------------------------------------------------
+
+
+def test_a_copy_with_a_little_noise_looks_for_the_same_reasons(place: Path, tmp_path: Path) -> None:
+    found = audit(model(place, "a"), model(place, "close"), known(place, boxes="boxes.csv"), ["A2", "A4"], tmp_path)
+    f = findings(found)
+    assert f.passed and f.score > 0.99 and f.parted is None and f.predictions.agree == 6
+    assert f.judged == "A4" and len(list((tmp_path / "maps").iterdir())) == 12
+
+
+def test_a_permuted_layer_is_found_and_named(place: Path, tmp_path: Path) -> None:
+    a = model(place, "a")
+    weights = {n.outputs[0]: n.inputs[1] for n in a.names.raw.nodes if n.op_type == "Conv"}
+    rows = {row.node: row for row in a.layers()}
+    for node in [n for n in a.names.raw.nodes if n.op_type == "Conv"][1:3]:
+        onnx.save(permuted(resnet(), weights[node.outputs[0]]), tmp_path / "b.onnx")
+        b = onnxcam.load(tmp_path / "b.onnx", preprocess="unit")
+        f = findings(audit(a, b, known(place), ["suggested"], tmp_path / node.name, thumbs=0))
+        assert f.parted is not None and not f.passed
+        before = [d for d in f.drift if d.layer == "input" or rows[d.layer].index < rows[f.parted.layer].index]
+        assert all(d.likeness == pytest.approx(1) for d in before)
+        assert rows[f.parted.layer].index <= min(
+            row.index for row in rows.values() if row.index >= (rows[node.name].index if node.name in rows else 0)
+        )
+        assert f.parted.layer in f.sentence and f.sentence.startswith("other reasons")
+
+
+def test_another_preprocessing_is_found_at_the_input(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "a", "imagenet")
+    f = findings(audit(a, b, known(place), ["A4"], tmp_path, thumbs=0), fail_under=1.0)
+    assert f.parted is not None and f.parted.layer == "input" and "part ways at their input" in f.sentence
+
+
+def test_the_drift_is_what_the_activations_say(place: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    found = drift(a, b, [str(place / "pictures" / "0.png")], Settings())
+    assert found[0].layer == "input" and found[0].likeness == 1 and parted_at(found) is None
+    assert all(0.99 < d.likeness < 1 for d in found[1:])
+    x = a.preprocess.apply(Image.open(place / "pictures" / "0.png"), a.spec).array
+    import onnxruntime
+
+    values = []
+    for name in ("a", "close"):
+        proto = onnx.load(place / f"{name}.onnx")
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("r4", onnx.TensorProto.FLOAT, None))
+        values.append(onnxruntime.InferenceSession(proto.SerializeToString()).run(["r4"], {"x": x})[0])
+    gap = np.linalg.norm(values[0] - values[1]) / (np.linalg.norm(values[0]) + np.linalg.norm(values[1]))
+    by_tensor = {row.node: row.tensor for row in a.layers()}
+    ours = next(d for d in found[1:] if by_tensor[d.layer] == "r4")
+    assert 1 - ours.likeness == pytest.approx(gap, rel=1e-3)
+
+
+# -- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_rows_hold_what_explain_gives(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    found = audit(a, b, known(place, labels="labels.csv"), ["A2"], tmp_path, method="grad-cam")
+    rows = list(found.rows())
+    picture = place / "pictures" / "3.png"
+    e = a.explain(picture, ["A2"], method="grad-cam")
+    c = int(e.targets[0, 0])
+    other = b.explain(picture, ["A2"], [c], method="grad-cam")
+    row = rows[3]
+    assert (
+        row["image"] == str(picture) and int(row["explained"]) == c and row["label"] == "0" and row["energy_a"] == "nan"
+    )
+    expected = stats.spearmanr(e.maps["A2"].ravel(), other.maps["A2"].ravel()).statistic
+    assert float(row["rank"]) == pytest.approx(expected, abs=1e-5)
+    assert float(row["probability_b"]) == pytest.approx(other.probability(0, 0), rel=1e-5)
+
+
+def test_an_interrupted_audit_goes_on_and_another_is_refused(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    whole = audit(a, b, known(place), ["A4"], tmp_path / "whole")
+    audit(a, b, known(place)[:4], ["A4"], tmp_path / "part")
+    seen: list[int] = []
+    part = audit(a, b, known(place), ["A4"], tmp_path / "part", progress=lambda done, total: seen.append(done))
+    assert seen == [4, 5, 6] and list(part.rows()) == list(whole.rows())
+    with pytest.raises(UsageError, match="another model or other settings"):
+        audit(a, b, known(place), ["A2"], tmp_path / "part")
+
+
+def test_mcnemars_test_is_the_exact_one() -> None:
+    assert mcnemar(0, 0) == 1
+    for split in ((3, 11), (8, 8), (0, 6)):
+        n = sum(split)
+        tail = sum(stats.binom.pmf(k, n, 0.5) for k in range(min(split) + 1))
+        assert mcnemar(*split) == pytest.approx(min(1, 2 * tail))
+
+
+def test_the_command_gates_a_release(place: Path, tmp_path: Path, capsys) -> None:
+    onnx.save(permuted(resnet(), _first_weight(place)), tmp_path / "bad.onnx")
+    command = [
+        "audit",
+        str(place / "a.onnx"),
+        "",
+        str(place / "pictures"),
+        "--preprocess",
+        "unit",
+        "-l",
+        "A2",
+        "-l",
+        "A4",
+    ]
+    command += ["--labels", str(place / "labels.csv"), "--boxes", str(place / "boxes.csv")]
+    for second, code, verdict in (
+        (place / "close.onnx", 0, "same reasons"),
+        (tmp_path / "bad.onnx", 4, "other reasons"),
+    ):
+        command[2] = str(second)
+        out = tmp_path / second.stem
+        assert main([*command, "-o", str(out)]) == code
+        assert verdict in capsys.readouterr().out
+        names = {
+            "values.csv",
+            "values.parquet",
+            "settings.json",
+            "summary.md",
+            "junit.xml",
+            "manifest.json",
+            "report.html",
+            "maps",
+        }
+        assert {f.name for f in out.iterdir()} == names
+        suite = ElementTree.fromstring((out / "junit.xml").read_bytes())
+        assert suite.get("failures") == str(int(code == 4)) and len(suite.findall("testcase")) == 2
+        assert len(suite.findall("testcase/failure")) == int(code == 4)
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["verdict"] == verdict and manifest["judged"] == "A4" and len(manifest["layers"]) == 2
+        assert verdict in (out / "summary.md").read_text()
+        with (out / "values.csv").open(newline="") as stream:
+            assert len(list(csv.DictReader(stream))) == 12
+
+
+def _first_weight(place: Path) -> str:
+    nodes = [n for n in onnx.load(place / "a.onnx").graph.node if n.op_type == "Conv"]
+    return nodes[1].input[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--fail-under", "2"], "--fail-under is a rank correlation"),
+        (["--target", "label"], "is not known: give --labels"),
+        (["-l", "nowhere"], "no layer is called 'nowhere'"),
+        (["-l", "A4=nowhere"], "no layer is called 'nowhere'"),
+        (["--method", "channel-relevance", "-l", "A4"], "gives no map of two dimensions"),
+    ],
+)
+def test_what_means_nothing_is_refused_in_one_line(place: Path, tmp_path: Path, options, what, capsys) -> None:
+    command = [
+        "audit",
+        *(str(place / f"{n}.onnx") for n in ("a", "close")),
+        str(place / "pictures"),
+        "--preprocess",
+        "unit",
+    ]
+    assert main([*command, "-o", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert what in error and len(error.splitlines()) == 1
+
+
+def test_a_layer_of_one_may_be_named_for_a_layer_of_the_other(place: Path, tmp_path: Path) -> None:
+    found = audit(model(place, "a"), model(place, "a"), known(place)[:2], [], tmp_path, asked={"A2": "A4"}, thumbs=0)
+    assert [(p.a.tensor, p.b.tensor, p.how) for p in found.pairs] == [("r2", "r4", "asked for")]
+    assert all(float(row["rank"]) < 1 for row in found.rows())
+
+
+def test_markdown_and_junit_survive_odd_names(place: Path, tmp_path: Path) -> None:
+    f = findings(audit(model(place, "a"), model(place, "close"), known(place)[:2], ["A4"], tmp_path, thumbs=0))
+    assert markdown(f).startswith("## ✅ a.onnx → close.onnx") and ElementTree.fromstring(junit(f)) is not None
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(place: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    a, b = model(place, "a"), model(place, "close")
+    found = audit(a, b, known(place, boxes="boxes.csv"), ["A2", "A4"], folder)
+    return save_page(findings(found), found)
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
+    text = page.read_text()
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text) and "@import" not in text
+    assert len(text) < 60_000  # pictures are files of their own
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_sorts_filters_and_reports_no_errors(page: Path) -> None:
+    def shown(state: str) -> tuple[list[str], str]:
+        command = [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            "--virtual-time-budget=4000", "--dump-dom", f"{page.as_uri()}#{state}",
+        ]  # fmt: skip
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert "CONSOLE" not in ran.stderr, ran.stderr
+        body = re.search(r'<table id="pictures">.*?</table>', ran.stdout, re.S)
+        assert body is not None
+        return re.findall(r'title="(\d\.png)"', body[0]), ran.stdout
+
+    up, _ = shown("sort=A+sure")
+    down, _ = shown("sort=A+sure&down=1")
+    assert sorted(up) == [f"{i}.png" for i in range(6)] and up == down[::-1]
+    by_name, whole = shown("sort=picture")
+    assert by_name == sorted(by_name) and 'aria-sort="ascending"' in whole
+    assert shown("find=3.png")[0] == ["3.png"]
+    assert shown("changed=1")[0] == []
+    assert "<dialog" in whole and re.search(r"<dialog[^>]* open", shown("compare=1")[1])
