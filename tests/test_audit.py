@@ -1,7 +1,7 @@
 """`audit`: agreement of maps against SciPy and scikit-image, layers matched, planted drifts found, what is written.
 
-Oracles: SciPy's spearmanr and binomial distribution; arrays made by hand; maps of `Model.explain`; Chromium for the page,
-where it is installed.
+Oracles: SciPy's spearmanr and binomial distribution; arrays made by hand; maps of `Model.explain`; Chromium for the
+page, where it is installed.
 """
 
 from __future__ import annotations
