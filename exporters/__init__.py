@@ -9,4 +9,11 @@ frameworks are heavy and their pins disagree.
 EXPORTERS = {
     "efficientnet-lite0": ("efficientnet_lite", "EfficientNet-Lite0 with its ImageNet weights, as shipped in models/"),
     "torchvision": ("torch_vision", "any classifier of torchvision, with trained or seeded random weights"),
+    "timm": ("timm_models", "any classifier of timm, likewise"),
+    "torch": ("torch_callable", "any PyTorch classifier of yours, as module:callable"),
+    "keras": ("keras_models", "keras.applications or a .keras file, on TensorFlow or JAX"),
+    "tflite": ("tflite", "a .tflite file, float or int8"),
+    "flax": ("flax_models", "a Flax nnx module of yours, as module:callable"),
+    "same-network": ("same_network", "one small network with the same weights from torch, keras, flax or paddle"),
+    "paddle": ("paddle_models", "any classifier of paddle.vision"),
 }

@@ -11,6 +11,13 @@ from pathlib import Path
 from exporters import EXPORTERS
 
 INSTALL = "pip install '.[cpu,export]'"
+INSTALLS = {  # what else, by exporter
+    "timm": "pip install '.[cpu,export]' timm",
+    "keras": "pip install '.[cpu]' keras tensorflow-cpu tf2onnx, or keras jax jax2onnx with KERAS_BACKEND=jax",
+    "tflite": "pip install '.[cpu]' tensorflow-cpu tf2onnx",
+    "flax": "pip install '.[cpu]' flax jax2onnx",
+    "paddle": "pip install '.[cpu]' paddlepaddle paddle2onnx",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"exporters.{module_name}")
         from onnxcam.errors import OnnxcamError
     except ModuleNotFoundError as error:
-        print(f"error: {error}; install what exporting needs: {INSTALL}", file=sys.stderr)
+        print(f"error: {error}; install what exporting needs: {INSTALLS.get(exporter, INSTALL)}", file=sys.stderr)
         return 2
     own = argparse.ArgumentParser(prog=f"{parser.prog} {exporter}", description=summary)
     own.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")

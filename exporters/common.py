@@ -118,8 +118,11 @@ def describe(
 
 def difference(model: bytes, sample: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference between ONNX Runtime's output and `expected`, relative to the largest expected value."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: sample})
+    try:
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        (output,) = session.run(None, {session.get_inputs()[0].name: sample})
+    except Exception as error:  # onnxruntime's own classes; the file is the exporter's, and the reason is in the text
+        raise ModelError(f"ONNX Runtime does not run what was exported: {str(error).splitlines()[0]}") from error
     if output.shape != expected.shape:
         raise ModelError(f"ONNX Runtime gives shape {output.shape}, the framework {expected.shape}; not written")
     return float(np.abs(output - expected).max() / np.abs(expected).max())

@@ -6,6 +6,7 @@ on two operators that only detection models need; `declare_torchvision_operators
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -56,6 +57,26 @@ def _extension_loads() -> bool:
             torch.ops.load_library(extension)
             return True
     return False
+
+
+def add_torch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that all exports by torch have."""
+    parser.add_argument("--exporter", choices=("dynamo", "torchscript"), default="dynamo", help="default: %(default)s")
+    parser.add_argument("--opset", type=int, default=18, help="default: %(default)s")
+    parser.add_argument("--keep-batchnorm", action="store_true", help="do not fold BatchNorm (torchscript only)")
+    parser.add_argument("--size", type=int, help="input height and width (default: the model's own, or 224)")
+    parser.add_argument("--batch", default="dynamic", help="dynamic, or a fixed number (default: %(default)s)")
+
+
+def batch_of(text: str) -> int | None:
+    """The batch that `--batch` fixes, None for dynamic.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text != "dynamic" and (not text.isdecimal() or int(text) < 1):
+        raise UsageError(f"--batch {text}: 'dynamic' or a whole number from 1 is wanted")
+    return None if text == "dynamic" else int(text)
 
 
 def seed_weights(model: nn.Module, seed: int) -> nn.Module:

@@ -10,7 +10,7 @@ from urllib.error import URLError
 from torch import hub, nn
 
 from exporters.common import Export, finish
-from exporters.torch_common import import_torchvision, seed_weights, to_onnx
+from exporters.torch_common import add_torch_arguments, batch_of, import_torchvision, seed_weights, to_onnx
 from onnxcam.errors import UsageError
 from onnxcam.preprocess import Preprocess, preset
 
@@ -40,22 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="DEFAULT or another name of trained weights (downloaded), seed:N for reproducible random weights whose "
         "BatchNorm is far from identity, none for the framework's own initialisation (default: %(default)s)",
     )
-    parser.add_argument("--exporter", choices=("dynamo", "torchscript"), default="dynamo", help="default: %(default)s")
-    parser.add_argument("--opset", type=int, default=18, help="default: %(default)s")
-    parser.add_argument("--keep-batchnorm", action="store_true", help="do not fold BatchNorm (torchscript only)")
-    parser.add_argument("--size", type=int, help="input height and width (default: the weights' own, or 224)")
-    parser.add_argument("--batch", default="dynamic", help="dynamic, or a fixed number (default: %(default)s)")
+    add_torch_arguments(parser)
 
 
 def export(args: argparse.Namespace) -> Export:
     """Export the model that `args` describes and check it against torchvision's own output."""
-    if args.batch != "dynamic" and (not args.batch.isdecimal() or int(args.batch) < 1):
-        raise UsageError(f"--batch {args.batch}: 'dynamic' or a whole number from 1 is wanted")
+    batch = batch_of(args.batch)
     source = load(args.model, args.weights, args.size)
     model, sample, expected = to_onnx(
         source.model,
         size=source.size,
-        batch=None if args.batch == "dynamic" else int(args.batch),
+        batch=batch,
         exporter=args.exporter,
         opset=args.opset,
         keep_batchnorm=args.keep_batchnorm,

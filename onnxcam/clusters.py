@@ -48,8 +48,8 @@ class Clusters:
         maps: what was compared: (pictures, SIDE, SIDE), positive parts that sum to 1.
         cluster: of each picture; 0 is the largest.
         places: of each picture in the plane, by t-SNE of the maps.
-        eigenvalues: of the Laplacian, smallest first; `gap` is the step behind as many as there are clusters, as a share
-            of the next: 1 where the clusters are not connected at all.
+        eigenvalues: of the Laplacian, smallest first; `gap` is the step behind as many as there are clusters, as a
+            share of the next: 1 where the clusters are not connected at all.
         apart: silhouette of the clusters in the spectral embedding, -1..1: near 0 they are not groups but a continuum.
     """
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from onnxcam import __version__
-from onnxcam.cli import audit, check, cluster, compare, compile, evaluate, explain, layers, methods
+from onnxcam.cli import audit, check, cluster, compare, compile, evaluate, explain, fetch, layers, methods
 from onnxcam.errors import OnnxcamError
 
-COMMANDS = (explain, compare, evaluate, audit, cluster, layers, methods, check, compile)
+COMMANDS = (explain, compare, evaluate, audit, cluster, layers, methods, check, compile, fetch)
 
 
 class _Parser(argparse.ArgumentParser):
