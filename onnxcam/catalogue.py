@@ -1,4 +1,4 @@
-"""The catalogue of trained models, and how they are fetched: checked, whole or not at all; a broken one is gone on with."""
+"""The catalogue of trained models, and how they are fetched: checked, whole or not at all, and gone on with."""
 
 from __future__ import annotations
 

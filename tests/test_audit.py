@@ -184,8 +184,11 @@ def test_a_permuted_layer_is_found_and_named(place: Path, tmp_path: Path) -> Non
 
 def test_another_preprocessing_is_found_at_the_input(place: Path, tmp_path: Path) -> None:
     a, b = model(place, "a"), model(place, "a", "imagenet")
-    f = findings(audit(a, b, known(place), ["A4"], tmp_path, thumbs=0), fail_under=1.0)
-    assert f.parted is not None and f.parted.layer == "input" and "part ways at their input" in f.sentence
+    found = audit(a, b, known(place), ["A4"], tmp_path, thumbs=0)
+    for asked, verdict in ((1.0, "other reasons"), (-1.0, "other input")):
+        f = findings(found, fail_under=asked)
+        assert not f.passed and f.verdict == verdict
+        assert f.parted is not None and f.parted.layer == "input" and "part ways at their input" in f.sentence
 
 
 def test_the_drift_is_what_the_activations_say(place: Path) -> None:

@@ -46,7 +46,8 @@ def drift(first: Model, second: Model, pictures: Sequence[str], settings: Settin
     for picture in pictures:
         image = open_image(picture)
         (x, a), (y, b) = (t.of(image) for t in taps)
-        values[0].append(likeness(x, y) if x.shape == y.shape else float("nan"))
+        alike = x.shape == y.shape and first.spec.is_integer == second.spec.is_integer  # in one unit
+        values[0].append(likeness(x, y) if alike else float("nan"))
         for found, one, other in zip(values[1:], a, b, strict=True):
             found.append(likeness(one, other))
     names = [(INPUT, INPUT), *((p.a.node, p.b.node) for p in pairs)]

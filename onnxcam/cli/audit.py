@@ -30,8 +30,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("--start", metavar="S", help="likewise")
     add_options(p)
     p.add_argument(
-        "--fail-under", metavar="R", type=float, default=0.9,
-        help=f"exit with {FAILED} where the mean rank correlation of maps at the last layer is less (default: 0.9)",
+        "--fail-under", metavar="R", type=float, default=0.85,
+        help=f"exit with {FAILED} where the mean rank correlation of maps at the last layer is less (default: 0.85), "
+        "or where the two are shown other numbers",
     )  # fmt: skip
     p.add_argument("--target", choices=("predicted", "label"), default="predicted", help="the class that is explained")
     p.add_argument(
