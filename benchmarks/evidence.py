@@ -123,11 +123,13 @@ def load(network: str) -> onnxcam.Model:
 def measure(network: str, count: int, threads: int) -> None:
     model, known = load(network), NETWORKS[network]
     listed, begun = pictures(network, count), time.perf_counter()
-    found = evaluate(
-        model, listed, methods(), known.layers, METRICS, FOLDER / network, threads=threads,
-        progress=lambda done, total: print(f"\r{network}: {done}/{total}", end="", flush=True),
-    )  # fmt: skip
-    print(f"\r{network}: {found.pictures} pictures, {time.perf_counter() - begun:.0f} s")
+    # The recommended method has a folder of its own: it can be measured again when it changes.
+    for folder, some in ((network, methods()[1:]), (f"{network}-{RECOMMENDED}", methods()[:1])):
+        found = evaluate(
+            model, listed, some, known.layers, METRICS, FOLDER / folder, threads=threads, floors=folder == network,
+            progress=lambda done, total: print(f"\r{network}: {done}/{total}", end="", flush=True),
+        )  # fmt: skip
+        print(f"\r{folder}: {found.pictures} pictures, {time.perf_counter() - begun:.0f} s")
 
 
 # -- tables ------------------------------------------------------------------------------------------------------
@@ -140,16 +142,17 @@ def values(network: str) -> tuple[Values, set[str], int]:
     """The values of pictures that the network has right, which of them have small objects, and of how many in all."""
     found: Values = defaultdict(dict)
     small, seen = set(), set()
-    with (FOLDER / network / "values.csv").open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            seen.add(row["image"])
-            if row["class"] != row["label"]:
-                continue
-            if row["object"] == "small":
-                small.add(row["image"])
-            value = float(row["value"])
-            if not np.isnan(value):
-                found[row["method"], row["layer"], row["metric"]][row["image"]] = value
+    for folder in (f"{network}-{RECOMMENDED}", network):
+        with (FOLDER / folder / "values.csv").open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                seen.add(row["image"])
+                if row["class"] != row["label"]:
+                    continue
+                if row["object"] == "small":
+                    small.add(row["image"])
+                value = float(row["value"])
+                if not np.isnan(value):
+                    found[row["method"], row["layer"], row["metric"]][row["image"]] = value
     return found, small, len(seen)
 
 

@@ -22,6 +22,7 @@ from onnxcam.operators.roles import leaves_signed
 from onnxcam.rules import (
     Absolute,
     AlphaBeta,
+    ByKernel,
     Epsilon,
     EqualShares,
     Gamma,
@@ -146,6 +147,7 @@ def _lrp(linear: Rule, averaging: Rule, additive: Rule, **others: Rule) -> dict[
 
 
 ZENNIT_EPS = 1e-6  # zennit's default stabiliser
+_MEASURED = ByKernel(Gamma(0.1, "absorb", 1e-6), Gamma(1.0, "absorb", 1e-6))
 _NORM = Epsilon(ZENNIT_EPS)  # what zennit calls Norm: the epsilon rule of a sum or an average
 
 COMPOSITES: dict[str, Composite] = {
@@ -163,13 +165,13 @@ COMPOSITES: dict[str, Composite] = {
         ),
         Composite(
             "contrast_map",
-            _lrp(Gamma(1.0, "absorb", 1e-6), ZPlus(), Proportional(guard=1e-6)),
+            _lrp(_MEASURED, ZPlus(), Proportional(guard=1e-6)),
             last=ZPlus(),
-            about="gamma 1, and z-plus next to the logits: chosen by measurement (docs/evidence.md)",
+            about="gamma 1, of 1x1 kernels 0.1, z-plus next to the logits: chosen by measurement (docs/evidence.md)",
         ),
         Composite(
             "contrast_map_signed",
-            _lrp(Gamma(1.0, "absorb", 1e-6), SameSign(), SameSign()),
+            _lrp(_MEASURED, SameSign(), SameSign()),
             last=ZPlus(),
             about="contrast_map with sums and averages shared by their own sign; for transformers",
         ),

@@ -238,6 +238,19 @@ class Gamma(LinearRule):
 
 
 @dataclass(frozen=True)
+class ByKernel(LinearRule):
+    """One rule for maps within a cell (1x1 kernels, dense layers), another for those that look at several cells."""
+
+    within: LinearRule
+    across: LinearRule
+
+    def share(self, f: LinearMap, r: Array) -> Array:
+        kernel = (0,) if f.weight is None else f.weight.shape[2:]
+        rule = self.within if all(n == 1 for n in kernel) else self.across
+        return rule.share(f, r)
+
+
+@dataclass(frozen=True)
 class Absolute(LinearRule):
     """Shares by the sizes of contributions, |x| |W|, whatever their signs: the first step of RAP (Nam et al. 2020)."""
 

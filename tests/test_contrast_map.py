@@ -10,7 +10,9 @@ import pytest
 from walking import canonised, network, relative
 
 import onnxcam
+from onnxcam.composites import Composite, _lrp
 from onnxcam.heads import cells_apart, locate_logits
+from onnxcam.rules import Gamma, Proportional, ZPlus
 from small_nets import resnet
 
 RNG = np.random.default_rng(5)
@@ -88,7 +90,7 @@ def test_it_compiles(tmp_path) -> None:
 
 
 def test_explicit_sums_of_a_small_network() -> None:
-    """1x1 convolution, ReLU, sum over cells, dense: gamma 1 at the convolution, z-plus at the dense map."""
+    """1x1 convolution, ReLU, sum over cells, dense: gamma 0.1 at the convolution, z-plus at the dense map."""
     w = RNG.standard_normal((6, 3, 1, 1)).astype(np.float32)
     v = RNG.standard_normal((6, 4)).astype(np.float32)
     text = (
@@ -108,11 +110,34 @@ def test_explicit_sums_of_a_small_network() -> None:
     expected = (r_a.mean((1, 2))[:, None, None] * a).sum(0)
     found = model.explain(x.astype(np.float32), ["a"], [2], method="contrast-map", engine="numpy", dtype="float64")
     np.testing.assert_allclose(found.maps["a"][0, 0], expected, rtol=1e-5, atol=1e-9)
-    # gamma 1: contributions x (W + W+), where the output is positive
-    both = np.einsum("chw,kc->kchw", x[0], w64 + np.maximum(w64, 0))
+    # gamma 0.1: contributions x (W + 0.1 W+), where the output is positive
+    both = np.einsum("chw,kc->kchw", x[0], w64 + 0.1 * np.maximum(w64, 0))
     z = both.sum(1)
     r_x = (both / np.where(z > 0, z + 1e-6, 1)[:, None] * np.where(z > 0, r_a, 0)[:, None]).sum(0)
     lrp = model.explain(
         x.astype(np.float32), ["input"], [2], method="lrp", composite="contrast_map", engine="numpy", dtype="float64"
     )
     np.testing.assert_allclose(lrp.maps["input"][0, 0], r_x.sum(0), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "numpy"])
+@pytest.mark.parametrize(("kernel", "gamma"), [(1, 0.1), (3, 1.0)])
+def test_gamma_depends_on_the_kernel(kernel: int, gamma: float, engine: str) -> None:
+    w = RNG.standard_normal((6, 3, kernel, kernel)).astype(np.float32)
+    text = (
+        f"(float[N,3,8,8] x) => (float y) {{ c = Conv<pads=[{','.join(4 * [str(kernel // 2)])}]>(x, w) a = Relu(c) "
+        "g = GlobalAveragePool(a) f = Flatten(g) y = MatMul(f, d) }"
+    )
+    model = onnxcam.load(network(text, w=w, d=D), preprocess="unit")
+    x = RNG.standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+    def relevance(rules: str | Composite) -> np.ndarray:  # of each channel: of each cell it does not depend on gamma
+        e = model.explain(x, ["input"], [1], method="channel-relevance", composite=rules, engine=engine)
+        return e.maps["input"]
+
+    def one(value: float) -> Composite:
+        rule = Gamma(value, "absorb", 1e-6)
+        return Composite(f"gamma {value}", _lrp(rule, ZPlus(), Proportional(guard=1e-6)), last=ZPlus())
+
+    np.testing.assert_allclose(relevance("contrast_map"), relevance(one(gamma)), rtol=1e-4, atol=1e-6)
+    assert relative(relevance("contrast_map"), relevance(one(1.1 - gamma))) > 1e-2

@@ -66,7 +66,9 @@ def grad_cam_plus_plus(ops: Any, activation: Array, gradient: Array) -> Array:
     cells = _cells(activation)
     squared = gradient * gradient
     scale = 2.0 * squared + ops.sum(activation, cells, keepdims=True) * squared * gradient
-    alpha = squared / (scale + 1e-6)
+    whole = scale + 1e-6
+    alive = ops.abs(whole) > ops.tiny  # it has either sign, and now and then hits 0
+    alpha = ops.where(alive, squared / ops.where(alive, whole, 1.0), 0.0)
     weights = ops.sum(ops.positive(gradient) * alpha, cells, keepdims=True)
     return ops.positive(ops.sum(weights * activation, _channels(activation)))
 
