@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from onnxcam.engines.session import Settings
 from onnxcam.errors import UsageError
-from onnxcam.evaluation.examples import Example
+from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.methods import Method, method as find_method
 from onnxcam.methods.upsample import upsampled
@@ -113,11 +113,7 @@ def cluster(
         ModelError: as `explain`.
     """
     _require()
-    if target not in ("predicted", "label"):
-        raise UsageError(f"the class that is explained is predicted or label, not {target!r}")
-    if target == "label" and any(e.label is None for e in examples):
-        missing = next(e for e in examples if e.label is None)
-        raise UsageError(f"the class of {missing.name} is not known: give --labels, or take what is predicted")
+    check_target(target, examples)
     if count is not None and count < 2:
         raise UsageError(f"clusters are 2 or more, not {count}")
     wanted = list(model.resolve([layer]))

@@ -17,7 +17,7 @@ from onnxcam.audit.drift import Drift, drift
 from onnxcam.audit.matching import Pair, chosen
 from onnxcam.engines.session import Settings
 from onnxcam.errors import UsageError
-from onnxcam.evaluation.examples import Example
+from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.journal import VALUES, Journal, to_parquet
@@ -33,7 +33,6 @@ MEASURED = ("rank", "ssim", "iou", "shift", "energy_a", "energy_b")
 COLUMNS = (
     "image", "number", "label", "class_a", "class_b", "explained", "probability_a", "probability_b", "layer", *MEASURED,
 )  # fmt: skip
-TARGETS = ("predicted", "label")
 THUMBS = "maps"
 SIDE = 224  # of the pictures in the report, at most
 SAMPLE = 16  # pictures that activations are compared on
@@ -111,11 +110,7 @@ def audit(
         UsageError: something means nothing, or the folder holds another run.
         ModelError: as `explain`.
     """
-    if target not in TARGETS:
-        raise UsageError(f"the class that is explained is {' or '.join(TARGETS)}, not {target!r}")
-    if target == "label" and any(e.label is None for e in examples):
-        missing = next(e for e in examples if e.label is None)
-        raise UsageError(f"the class of {missing.name} is not known: give --labels, or explain what is predicted")
+    check_target(target, examples)
     if first.spec.layout is None or second.spec.layout is None:
         which = first if first.spec.layout is None else second
         raise UsageError(f"{which.name}: {which.spec.why_no_image}; an audit compares models of pictures")

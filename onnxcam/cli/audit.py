@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from onnxcam.cli.explain import Bar, add_pool, add_running, find_pictures
-from onnxcam.cli.options import add_layers, add_options, options_of
+from onnxcam.cli.options import add_layers, add_options, add_truth, options_of, read_examples
 from onnxcam.composites import COMPOSITES
 from onnxcam.errors import UsageError
 from onnxcam.methods import METHODS
@@ -43,13 +43,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument(
         "--pictures", metavar="N", type=int, help="draw the maps of the first N pictures for the report (default: all)"
     )
-    known = p.add_argument_group("what is known of the pictures")
-    known.add_argument("--labels", metavar="FILE", help="their classes, a CSV: file, class")
-    known.add_argument("--label-offset", metavar="N", type=int, default=0, help="added to these classes")
-    known.add_argument("--boxes", metavar="FILE", help="a CSV: file, x0, y0, x1, y1, in pixels of the picture")
-    known.add_argument("--masks", metavar="DIR", help="pictures of the same names, white where the object is")
-    known.add_argument("--coco", metavar="FILE", help="a COCO JSON")
-    known.add_argument("--voc", metavar="DIR", help="Pascal VOC XML files of the same names")
+    add_truth(p)
     pre = p.add_argument_group("preprocessing", "by default what each file's metadata says, else a guess")
     pre.add_argument("--preprocess", metavar="P", help=f"of both, or of A: {', '.join(PRESETS)}")
     pre.add_argument("--preprocess-b", metavar="P", help="of B, where it is another")
@@ -64,15 +58,11 @@ def run_audit(arguments: argparse.Namespace) -> int:
     from onnxcam.audit import audit, findings
     from onnxcam.audit.verdict import markdown, save
     from onnxcam.cli.tables import say
-    from onnxcam.evaluation.examples import examples
 
     if not -1 <= arguments.fail_under <= 1:
         raise UsageError(f"--fail-under is a rank correlation, -1 to 1, not {arguments.fail_under:g}")
     asked, layers = _layers(arguments.layers or [])
-    listed = examples(
-        find_pictures(arguments.images), labels=arguments.labels, boxes=arguments.boxes, masks=arguments.masks,
-        coco=arguments.coco, voc=arguments.voc, offset=arguments.label_offset,
-    )  # fmt: skip
+    listed = read_examples(arguments, find_pictures(arguments.images))
     first = _model(arguments, arguments.first, arguments.preprocess, arguments.output)
     second = _model(arguments, arguments.second, arguments.preprocess_b or arguments.preprocess, arguments.output_b)
     for model in (first, second):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from onnxcam.cli.explain import Bar, add_pool, add_running, find_pictures
-from onnxcam.cli.options import add_model, add_options, add_preprocess, load_model, options_of
+from onnxcam.cli.options import add_model, add_options, add_preprocess, add_truth, load_model, options_of, read_examples
 from onnxcam.composites import COMPOSITES
 from onnxcam.files import check_writable
 from onnxcam.methods import METHODS
@@ -29,8 +29,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--target", choices=("predicted", "label"), default="predicted",
         help="which pictures a class has, and what is explained",
     )  # fmt: skip
-    p.add_argument("--labels", metavar="FILE", dest="truth", help="the pictures' classes, a CSV: file, class")
-    p.add_argument("--label-offset", metavar="N", type=int, default=0, help="added to these classes")
+    add_truth(p, located=False)
     add_options(p)
     add_preprocess(p, names="--class-names")
     add_running(p)
@@ -41,10 +40,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run_cluster(arguments: argparse.Namespace) -> int:
     from onnxcam.cli.tables import print_table, say
     from onnxcam.clusters import cluster, save
-    from onnxcam.evaluation.examples import examples
 
     check_writable(arguments.out)
-    listed = examples(find_pictures(arguments.images), labels=arguments.truth, offset=arguments.label_offset)
+    listed = read_examples(arguments, find_pictures(arguments.images))
     model = load_model(arguments)
     with Bar(len(listed), "explaining") as bar:
         found = cluster(

@@ -15,8 +15,10 @@ from onnxcam.cli.options import (
     add_model,
     add_options,
     add_preprocess,
+    add_truth,
     load_model,
     options_by_method,
+    read_examples,
     split,
 )
 from onnxcam.composites import COMPOSITES
@@ -44,18 +46,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="repeatable, or with commas; `--metric list` says which there are",
     )  # fmt: skip
     p.add_argument("--target", choices=("predicted", "label"), default="predicted", help="the class that is explained")
-    truth = p.add_argument_group("what is known of the pictures")
-    truth.add_argument(
-        "--labels", "--classes", metavar="FILE", dest="classes", help="the pictures' classes, a CSV: file, class"
-    )
-    truth.add_argument(
-        "--label-offset", metavar="N", type=int, default=0,
-        help="added to these classes: 1 where the model's class 0 is the background",
-    )  # fmt: skip
-    truth.add_argument("--boxes", metavar="FILE", help="a CSV: file, x0, y0, x1, y1, in pixels of the picture")
-    truth.add_argument("--masks", metavar="DIR", help="pictures of the same names, white where the object is")
-    truth.add_argument("--coco", metavar="FILE", help="a COCO JSON")
-    truth.add_argument("--voc", metavar="DIR", help="Pascal VOC XML files of the same names")
+    add_truth(p)
     p.add_argument("--composite", "-c", metavar="C", help=f"for methods of relevance: {', '.join(COMPOSITES)}")
     p.add_argument("--start", metavar="S", help="likewise")
     p.add_argument(
@@ -73,7 +64,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from onnxcam.cli.tables import say
-    from onnxcam.evaluation.examples import examples
     from onnxcam.evaluation.measures import DEFAULT, MEASURES
     from onnxcam.evaluation.run import evaluate
     from onnxcam.evaluation.summary import markdown, save, summarise
@@ -87,10 +77,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return 0
     methods = split(arguments.methods) or ["grad-cam", "layercam", "relevance-cam", "relevance-map"]
     options = options_by_method(arguments, methods)
-    listed = examples(
-        find_pictures(arguments.images), labels=arguments.classes, boxes=arguments.boxes, masks=arguments.masks,
-        coco=arguments.coco, voc=arguments.voc, offset=arguments.label_offset,
-    )  # fmt: skip
+    listed = read_examples(arguments, find_pictures(arguments.images))
     model = load_model(arguments)
     how = {"composite": arguments.composite, "start": arguments.start, "engine": arguments.engine}
     how |= {"providers": arguments.providers or "cpu", "dtype": arguments.dtype}

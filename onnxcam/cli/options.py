@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,6 +19,9 @@ from onnxcam.model import Model, load
 from onnxcam.pictures import open_image
 from onnxcam.preprocess import PRESETS, choose
 from onnxcam.starts import STARTS
+
+if TYPE_CHECKING:
+    from onnxcam.evaluation.examples import Example
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +170,31 @@ def add_preprocess(parser: argparse.ArgumentParser, names: str = "--labels") -> 
     group.add_argument("--resize", metavar="HOW", help="warp, crop, pad or exact")
     group.add_argument("--channel-order", metavar="ORDER", help="rgb, bgr or gray")
     group.add_argument(names, metavar="FILE", dest="labels", help="class names: text, JSON or CSV")
+
+
+def add_truth(parser: argparse.ArgumentParser, located: bool = True) -> None:
+    """Options on what is known of the pictures: their classes and, where that is asked for, where the objects are."""
+    truth = parser.add_argument_group("what is known of the pictures")
+    truth.add_argument(
+        "--labels", "--classes", metavar="FILE", dest="classes_file", help="their classes, a CSV: file, class"
+    )
+    truth.add_argument(
+        "--label-offset", metavar="N", type=int, default=0,
+        help="added to these classes: 1 where the model's class 0 is the background",
+    )  # fmt: skip
+    if located:
+        truth.add_argument("--boxes", metavar="FILE", help="a CSV: file, x0, y0, x1, y1, in pixels of the picture")
+        truth.add_argument("--masks", metavar="DIR", help="pictures of the same names, white where the object is")
+        truth.add_argument("--coco", metavar="FILE", help="a COCO JSON")
+        truth.add_argument("--voc", metavar="DIR", help="Pascal VOC XML files of the same names")
+
+
+def read_examples(arguments: argparse.Namespace, pictures: Sequence[str]) -> list[Example]:
+    """The pictures with what `add_truth`'s options say of them."""
+    from onnxcam.evaluation.examples import examples
+
+    where = {name: getattr(arguments, name, None) for name in ("boxes", "masks", "coco", "voc")}
+    return examples(pictures, labels=arguments.classes_file, offset=arguments.label_offset, **where)
 
 
 def load_model(arguments: argparse.Namespace) -> Model:

@@ -117,6 +117,22 @@ def examples(
     return out
 
 
+TARGETS = ("predicted", "label")
+
+
+def check_target(target: str, listed: Sequence[Example]) -> None:
+    """See that the class to be explained is known: what is predicted, or the label of every picture.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"the class that is explained is {' or '.join(TARGETS)}, not {target!r}")
+    if target == "label" and any(e.label is None for e in listed):
+        missing = next(e for e in listed if e.label is None)
+        raise UsageError(f"the class of {missing.name} is not known: give --labels, or explain what is predicted")
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxcam.engines.session import RuntimeSession, Settings
 from onnxcam.errors import ModelError, UsageError
-from onnxcam.evaluation.examples import Example
+from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
 from onnxcam.explanation import Explanation
 from onnxcam.journal import VALUES, Journal, to_parquet
@@ -35,7 +35,6 @@ from onnxcam.taps import expose
 
 COLUMNS = ("image", "class", "label", "object", "method", "layer", "map", "metric", "value")
 FLOORS = ("centre", "noise", "edges")
-TARGETS = ("predicted", "label")
 NOISE = 0.02  # of the input's range: what `stability` shakes it by
 STEP = 16  # versions of a picture in one run
 SMALL, LARGE = 0.25, 0.5  # part of the picture that an object covers, from which on it is no longer small, and is large
@@ -102,11 +101,7 @@ def evaluate(
         UsageError: something means nothing, or the folder holds another run.
         ModelError: as `explain`.
     """
-    if target not in TARGETS:
-        raise UsageError(f"the class that is explained is {' or '.join(TARGETS)}, not {target!r}")
-    if target == "label" and any(e.label is None for e in examples):
-        missing = next(e for e in examples if e.label is None)
-        raise UsageError(f"the class of {missing.name} is not known: give --labels, or explain what is predicted")
+    check_target(target, examples)
     chosen = [find_method(m) for m in methods]
     measures = [named("metric", name, MEASURES) for name in metrics]
     known = {"boxes": any(e.boxes for e in examples), "truth": any(e.located for e in examples)}

@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxcam.errors import UsageError
 from onnxcam.methods import INPUT, Method, method as find_method
+from onnxcam.metrics.agreement import rank_correlation
 from onnxcam.model import Model
 
 STEPS = 4
@@ -130,14 +131,5 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
         if np.ptp(one) == 0 or np.ptp(other) == 0:
             values.append(0.0)
             continue
-        ranks = [_ranks(m.ravel()) for m in (one, other)]
-        values.append(float(np.corrcoef(ranks[0], ranks[1])[0, 1]))
+        values.append(rank_correlation(one, other))
     return float(np.mean(values))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks with ties shared."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means: np.ndarray = (ends - (counts - 1) / 2)[places]
-    return means
