@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxcam.engines.session import Settings
-from onnxcam.errors import UsageError
+from onnxcam.errors import NotFiniteError, UsageError
 from onnxcam.explain import explain
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
@@ -131,6 +131,9 @@ class _Explaining:
         def explained(pictures: list[str]) -> _Part:
             try:
                 return self._part(pictures)
+            except NotFiniteError:
+                if not self.lenient:
+                    raise
             except UsageError as error:
                 if not self.lenient or not _is_about(error, pictures):
                     raise
@@ -139,6 +142,8 @@ class _Explaining:
             for picture in pictures:
                 try:
                     parts.append(self._part([picture]))
+                except NotFiniteError as error:
+                    skipped[picture] = f"{picture}: {error}"
                 except UsageError as error:
                     if not _is_about(error, [picture]):
                         raise

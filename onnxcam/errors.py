@@ -23,5 +23,9 @@ class ModelError(OnnxcamError):
     exit_code = 3
 
 
+class NotFiniteError(ModelError):
+    """A map overflowed on one input; another may be fine."""
+
+
 class EngineError(ModelError):
     """An engine cannot do what it is asked to do; the walk adds at which node that was."""

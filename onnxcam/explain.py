@@ -15,7 +15,7 @@ from onnxcam.compile import classes_in
 from onnxcam.composites import Composite, composite as find_composite, suited
 from onnxcam.conditions import branches_taken, open_branches
 from onnxcam.engines.session import ProviderLike, Settings
-from onnxcam.errors import ModelError, UsageError
+from onnxcam.errors import ModelError, NotFiniteError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.feeds import Arrays, Feeds, Source, as_list, feeds as find_feeds
 from onnxcam.input_spec import Given
@@ -132,7 +132,7 @@ def explain(
     maps = {name: np.concatenate([p.maps[name] for p in parts]) for name in found}
     for name, heat in maps.items():
         if not np.isfinite(heat).all():
-            raise ModelError(
+            raise NotFiniteError(
                 f"the map of layer {name!r} is not finite; engine numpy with float64 may tell where it overflows"
             )
 

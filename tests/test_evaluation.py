@@ -383,3 +383,26 @@ def test_metrics_that_need_a_truth_are_refused_where_there_is_none(
     with pytest.raises(UsageError, match="energy, box-iou: these need to know where the objects are"):
         evaluate(model, listed(place), ["grad-cam"], ["A4"], ["energy", "box-iou"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_map_that_overflows_costs_its_picture_and_no_more(
+    place: Path, model: onnxcam.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxcam.dataset import explain_dataset
+    from onnxcam.errors import NotFiniteError
+
+    explain = onnxcam.Model.explain
+
+    def overflowing(self: onnxcam.Model, images: object, *more: object, **options: object) -> object:
+        if "1.png" in str(images):
+            raise NotFiniteError("the map of layer 'A4' is not finite")
+        return explain(self, images, *more, **options)
+
+    monkeypatch.setattr(onnxcam.Model, "explain", overflowing)
+    monkeypatch.setattr("onnxcam.dataset.explain", overflowing)
+    found = evaluate(model, listed(place)[:3], ["grad-cam"], ["A4"], ["entropy"], tmp_path / "out")
+    assert found.pictures == 2 and "is not finite" in next(iter(found.skipped.values()))
+    table = explain_dataset(model, [e.path for e in listed(place)[:3]], tmp_path / "table", "A4")
+    assert table.pictures == 2 and [Path(p).name for p in table.skipped] == ["1.png"]
+    with pytest.raises(NotFiniteError):
+        evaluate(model, listed(place)[1:2], ["grad-cam"], ["A4"], ["entropy"], tmp_path / "one")

@@ -16,7 +16,7 @@ import numpy as np
 from onnxcam.audit.drift import Drift, drift
 from onnxcam.audit.matching import Pair, chosen
 from onnxcam.engines.session import Settings
-from onnxcam.errors import UsageError
+from onnxcam.errors import NotFiniteError, UsageError
 from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
@@ -191,6 +191,10 @@ class _Auditing:
             number, example = item
             try:
                 return self._part(number, example)
+            except NotFiniteError as error:
+                if not self.lenient:
+                    raise
+                return _Part([], (), f"{example.name}: {error}")
             except UsageError as error:
                 # A picture that is there and cannot be read is left out; one that is not there was named wrongly.
                 there = is_url(example.path) or Path(example.path).exists()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxcam.engines.session import RuntimeSession, Settings
-from onnxcam.errors import ModelError, UsageError
+from onnxcam.errors import ModelError, NotFiniteError, UsageError
 from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
 from onnxcam.explanation import Explanation
@@ -168,6 +168,10 @@ class _Measuring:
                     self.options, self.how,
                 )  # fmt: skip
                 return list(rows), ""
+            except NotFiniteError as error:
+                if not self.lenient:
+                    raise
+                return [], f"{example.name}: {error}"
             except UsageError as error:
                 # A picture that is there and cannot be read is left out; one that is not there was named wrongly.
                 if not self.lenient or example.name not in str(error):
