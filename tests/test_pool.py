@@ -29,6 +29,7 @@ from onnxcam.evaluation import evaluate, examples
 from onnxcam.pool import RayPool, pool
 from small_nets import resnet
 
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}  # where this file's helpers are
