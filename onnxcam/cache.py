@@ -142,10 +142,12 @@ class DiskCache:
                     status = path.stat()
                     entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)
+        # The newest stays, whoever wrote it: two that store at once would else remove each other's.
+        staying = {kept, *(path for *_, path in sorted(entries)[-1:])}
         for _, size, path in sorted(entries):
             if total <= self.limit:
                 break
-            if path != kept:
+            if path not in staying:
                 with suppress(OSError):  # gone meanwhile; or open, where a system does not let go of open files
                     path.unlink()
                 total -= size
