@@ -147,6 +147,17 @@ def test_ray_writes_the_bytes_that_the_local_run_writes(place, model, tmp_path, 
     assert (tmp_path / "a" / "values.csv").read_bytes() == (tmp_path / "b" / "values.csv").read_bytes()
 
 
+def test_an_audit_by_ray_is_that_of_the_local_run(place, model, tmp_path, cluster) -> None:
+    from onnxcam.audit import audit
+
+    known = examples(pictures(place), boxes=place / "boxes.csv")
+    for name, how in (("a", {"threads": 1}), ("b", {"engine_pool": "ray", "workers": 2})):
+        audit(model, model, known, ["A2", "A4"], tmp_path / name, **how)
+    assert (tmp_path / "a" / "values.csv").read_bytes() == (tmp_path / "b" / "values.csv").read_bytes()
+    drawn = sorted(p.name for p in (tmp_path / "a" / "maps").iterdir())
+    assert len(drawn) == 14 and drawn == sorted(p.name for p in (tmp_path / "b" / "maps").iterdir())
+
+
 def test_an_interrupted_evaluation_goes_on_with_ray(place, model, tmp_path, cluster) -> None:
     known = examples(pictures(place), boxes=place / "boxes.csv")
     how = (["grad-cam"], ["A4"], ["energy"], tmp_path)
