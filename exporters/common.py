@@ -7,18 +7,21 @@ framework. Nothing here imports a training framework.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 
-from onnxcam.errors import ModelError
+from onnxcam.errors import ModelError, UsageError
 from onnxcam.labels import Labels, labels_to_metadata
 from onnxcam.preprocess import Preprocess, to_metadata
 
@@ -126,6 +129,50 @@ def difference(model: bytes, sample: np.ndarray, expected: np.ndarray) -> float:
     if output.shape != expected.shape:
         raise ModelError(f"ONNX Runtime gives shape {output.shape}, the framework {expected.shape}; not written")
     return float(np.abs(output - expected).max() / np.abs(expected).max())
+
+
+def seed_of(weights: str, *others: str) -> int | None:
+    """The N of "seed:N"; None for one of the `others`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    kind, _, number = weights.partition(":")
+    if kind == "seed" and number.isdecimal():
+        return int(number)
+    if weights in others:
+        return None
+    raise UsageError(f"no weights {weights!r}: {', '.join(others)} or seed:N")
+
+
+def imported(name: str) -> Any:
+    """What `package.module:attribute` names, the folder at hand being looked in, too.
+
+    Raises:
+        UsageError: there is no such thing.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise UsageError(f"{name!r} names no model: write MODULE:CALLABLE, my_package.models:make say")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{name} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return found
+
+
+def no_download(name: str, error: Exception) -> UsageError:
+    """What to say where trained weights cannot be had."""
+    reason = (str(error).splitlines() or [""])[0][:120]
+    return UsageError(
+        f"the weights of {name} could not be downloaded ({type(error).__name__}: {reason}); use --weights seed:0 for "
+        "random weights"
+    )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -6,16 +6,13 @@ Tried: flax 0.12.8, jax 0.10.2, jax2onnx 0.17.1.
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax2onnx
 import numpy as np
 
-from exporters.common import Export, finish
-from onnxcam.errors import UsageError
+from exporters.common import Export, finish, imported
 from onnxcam.labels import read_labels
 from onnxcam.preprocess import PRESETS, preset
 
@@ -32,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def export(args: argparse.Namespace) -> Export:
     """Export the module that `args` names and check it against JAX's own output."""
     return write(
-        load(args.model), args.output, size=args.size, channels=args.channels, preprocess=args.preprocess,
+        imported(args.model)(), args.output, size=args.size, channels=args.channels, preprocess=args.preprocess,
         labels=None if args.labels is None else list(read_labels(args.labels)), about=args.model,
     )  # fmt: skip
 
@@ -57,21 +54,3 @@ def write(
         exported, path, sample=sample, expected=expected, preprocess=preset(preprocess).override(size=(size, size)),
         labels=labels, description=f"{about}, exported by jax2onnx", tolerance=1e-3,
     )  # fmt: skip
-
-
-def load(name: str) -> Any:
-    """The module that `package.module:callable` makes.
-
-    Raises:
-        UsageError: there is none.
-    """
-    place, colon, attribute = name.partition(":")
-    if not colon or not attribute:
-        raise UsageError(f"{name!r} names no model: write MODULE:CALLABLE, my_package.models:make say")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(place), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{name} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)

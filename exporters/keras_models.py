@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 
-from exporters.common import Export, finish
+from exporters.common import Export, finish, no_download, seed_of
 from onnxcam.errors import UsageError
 from onnxcam.preprocess import Preprocess, preset
 
@@ -89,20 +89,15 @@ def load(name: str, weights: str, size: int) -> tuple[Any, str]:
     if not callable(make):
         known = [n for n in dir(keras.applications) if n[0].isupper()]
         raise UsageError(f"keras.applications has no {name!r}; there are {', '.join(known)}")
-    kind, _, number = weights.partition(":")
-    if weights == "imagenet":
+    seed = seed_of(weights, "imagenet")
+    if seed is None:
         try:
             return make(weights="imagenet"), name
         except Exception as error:  # whatever the download raises where there is no network
-            raise UsageError(
-                f"the weights of {name} could not be downloaded ({str(error).splitlines()[0][:120]}); use --weights "
-                "seed:0 for random weights"
-            ) from error
-    if kind != "seed" or not number.isdecimal():
-        raise UsageError(f"no weights {weights!r}: imagenet or seed:N")
-    keras.utils.set_random_seed(int(number))
+            raise no_download(name, error) from error
+    keras.utils.set_random_seed(seed)
     model = make(weights=None, input_shape=(size, size, 3))
-    rng = np.random.default_rng(int(number))
+    rng = np.random.default_rng(seed)
     for layer in model.layers:  # so that no normalisation is the identity
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.set_weights([_far(variable, rng) for variable in layer.weights])

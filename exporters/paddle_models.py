@@ -19,7 +19,7 @@ import onnx
 import paddle
 from paddle.vision import models
 
-from exporters.common import Export, finish
+from exporters.common import Export, finish, no_download, seed_of
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.preprocess import preset
 
@@ -72,20 +72,15 @@ def load(name: str, weights: str) -> Any:
     make = getattr(models, name, None)
     if not callable(make) or not name[0].islower():
         raise UsageError(f"paddle.vision.models has no {name!r}")
-    kind, _, number = weights.partition(":")
-    if weights == "pretrained":
+    seed = seed_of(weights, "pretrained")
+    if seed is None:
         try:
             return make(pretrained=True)
         except Exception as error:  # whatever the download raises where there is no network
-            raise UsageError(
-                f"the weights of {name} could not be downloaded ({str(error).splitlines()[0][:120]}); use --weights "
-                "seed:0 for random weights"
-            ) from error
-    if kind != "seed" or not number.isdecimal():
-        raise UsageError(f"no weights {weights!r}: pretrained or seed:N")
-    paddle.seed(int(number))
+            raise no_download(name, error) from error
+    paddle.seed(seed)
     model = make()
-    rng = np.random.default_rng(int(number))
+    rng = np.random.default_rng(seed)
     for layer in model.sublayers():  # so that no normalisation is the identity
         if isinstance(layer, paddle.nn.BatchNorm2D):
             for variable, (low, high) in (

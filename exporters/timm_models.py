@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from exporters.common import Export, finish
+from exporters.common import Export, finish, no_download, seed_of
 from exporters.torch_common import add_torch_arguments, batch_of, import_torchvision, seed_weights, to_onnx
 from onnxcam.errors import UsageError
 from onnxcam.preprocess import Preprocess
@@ -51,21 +51,15 @@ def load(name: str, weights: str) -> tuple[nn.Module, dict[str, Any]]:
     if name not in timm.list_models():
         near = timm.list_models(f"*{name}*")[:5]
         raise UsageError(f"timm has no model {name!r}{f'; there is {chr(44).join(near)}' if near else ''}")
-    kind, _, number = weights.partition(":")
-    if weights == "pretrained":
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # whatever the hub's client raises where there is no network
-            raise UsageError(
-                f"the weights of {name} could not be had ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
-                "use --weights seed:0 for random weights"
-            ) from error
-    elif weights == "none" or (kind == "seed" and number.isdecimal()):
-        model = timm.create_model(name, pretrained=False)
-        if kind == "seed":
-            seed_weights(model, int(number))
-    else:
-        raise UsageError(f"no weights {weights!r}: pretrained, none or seed:N")
+    seed = seed_of(weights, "pretrained", "none")
+    try:
+        model = timm.create_model(name, pretrained=weights == "pretrained")
+    except Exception as error:  # whatever the hub's client raises where there is no network
+        if weights != "pretrained":
+            raise
+        raise no_download(name, error) from error
+    if seed is not None:
+        seed_weights(model, seed)
     return model.eval(), resolve_data_config({}, model=model)
 
 

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from exporters.common import Export, finish
+from exporters.common import Export, finish, imported
 from exporters.torch_common import add_torch_arguments, batch_of, import_torchvision, to_onnx
 from onnxcam.errors import UsageError
 from onnxcam.labels import read_labels
@@ -57,20 +55,9 @@ def load(name: str) -> nn.Module:
     Raises:
         UsageError: there is none.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon or not attribute:
-        raise UsageError(f"{name!r} names no model: write MODULE:CALLABLE, my_package.models:make say")
     import_torchvision()
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{name} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
-    model = found if isinstance(found, nn.Module) else found()  # type: ignore[operator]
+    found = imported(name)
+    model = found if isinstance(found, nn.Module) else found()
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from onnxcam.engines.session import Settings
 from onnxcam.errors import UsageError
 from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.files import writable_folder, write_atomically
@@ -29,7 +28,7 @@ from onnxcam.methods import Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.model import Model
 from onnxcam.pictures import open_image
-from onnxcam.pool import Pool, pool as find_pool
+from onnxcam.pool import Pool, shared_out
 
 SIDE = 16  # cells of the maps that are compared
 FEWEST = 8  # pictures that a class must have
@@ -119,8 +118,7 @@ def cluster(
     wanted = list(model.resolve([layer]))
     if len(wanted) != 1:
         raise UsageError(f"maps of one layer are clustered, and {layer!r} means {len(wanted)}")
-    who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
-    threads = 1 if who.name == "ray" and threads is None else threads
+    who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
     only = None if classes is None else frozenset(classes)
     work = _Mapping(
         model, wanted[0], find_method(method), dict(options or {}), target, only, dict(how, threads=threads)
@@ -170,7 +168,9 @@ class _Mapping:
             heat = next(iter(e.maps.values()))[0, 0]
             if heat.ndim != 2:
                 raise UsageError(f"method {self.method.name} gives no map of two dimensions at layer {self.layer!r}")
-            return number, heat if self.only is None or number in self.only else None
+            if self.only is not None and number not in self.only:
+                return number, None
+            return number, upsampled(heat.astype(np.float64), (SIDE, SIDE))  # all that is kept of a picture
 
         return mapped
 

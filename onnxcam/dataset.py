@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxcam.engines.session import Settings
 from onnxcam.errors import NotFiniteError, UsageError
 from onnxcam.explain import explain
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.locations import is_url, name_of, written_to
 from onnxcam.model import Model
-from onnxcam.pool import Pool, pool as find_pool
+from onnxcam.pool import Pool, shared_out
 from onnxcam.targets import Target
 
 MAPS, MANIFEST = "maps.parquet", "manifest.json"
@@ -80,8 +79,7 @@ def explain_dataset(
         UsageError: as `explain`; no picture could be read; pyarrow is not installed.
         ModelError: as `explain`.
     """
-    who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
-    threads = 1 if who.name == "ray" and threads is None else threads
+    who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
     listed = [str(image) for image in images]
     if not listed:
         raise UsageError("there is no picture to explain")

@@ -71,10 +71,11 @@ class Journal:
         with self.path.open("a", newline="", encoding="utf-8") as stream:
             yield Writer(stream)
 
-    def rows(self) -> Iterator[dict[str, str]]:
-        """All rows, one at a time."""
-        with self.path.open(newline="", encoding="utf-8") as stream:
-            yield from csv.DictReader(stream)
+
+def rows_of(folder: Path) -> Iterator[dict[str, str]]:
+    """All rows of a run, one at a time, as they stand in its file."""
+    with (folder / VALUES).open(newline="", encoding="utf-8") as stream:
+        yield from csv.DictReader(stream)
 
 
 class Writer:

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from onnxcam.engines.session import Settings
 from onnxcam.errors import ModelError, OnnxcamError, UsageError
 
 Item = TypeVar("Item")
@@ -151,3 +152,16 @@ def pool(name: str | Pool | None = None, workers: int | None = None, gpu: bool =
     if name != "ray":
         raise UsageError(f"no pool is called {name!r}: there are {', '.join(POOLS)}")
     return RayPool(workers, gpu)
+
+
+def shared_out(
+    name: str | Pool | None, workers: int | None, providers: Any, threads: int | None
+) -> tuple[Pool, int | None]:
+    """The pool, with actors on GPUs where the providers are, and the threads of each worker: an actor has one unless
+    more are asked for.
+
+    Raises:
+        UsageError: as `pool`; there is no such provider.
+    """
+    who = pool(name, workers, Settings.of(providers).on_gpu)
+    return who, 1 if who.name == "ray" and threads is None else threads

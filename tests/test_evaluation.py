@@ -99,6 +99,9 @@ def test_another_run_is_not_mixed_in(place: Path, model: onnxcam.Model, tmp_path
     evaluate(model, known[:1], ["grad-cam"], ["A4"], ["entropy"], tmp_path)
     with pytest.raises(UsageError, match="holds values of another model or other settings"):
         evaluate(model, known[:1], ["grad-cam"], ["A2"], ["entropy"], tmp_path)
+    other = onnxcam.load(place / "net.onnx", preprocess="imagenet")
+    with pytest.raises(UsageError, match="holds values of another model or other settings"):
+        evaluate(other, known[:1], ["grad-cam"], ["A4"], ["entropy"], tmp_path)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(UsageError, match="is of no run of onnxcam"):
         evaluate(model, known[:1], ["grad-cam"], ["A4"], ["entropy"], tmp_path)

@@ -221,6 +221,7 @@ def test_a_url_that_leads_nowhere_is_one_line(place, url, what, capsys, tmp_path
     [
         (["--engine-pool", "ray"], "writes one table of maps: add --parquet"),
         (["--parquet", "--segment"], "leave --segment out"),
+        (["--parquet", "--json"], "leave --json out"),
         (["--parquet", "--workers", "2"], "workers are of --engine-pool ray"),
     ],
 )

@@ -20,14 +20,14 @@ from onnxcam.errors import NotFiniteError, UsageError
 from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
-from onnxcam.journal import VALUES, Journal, to_parquet
+from onnxcam.journal import VALUES, Journal, rows_of, to_parquet
 from onnxcam.locations import is_url
 from onnxcam.methods import Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.metrics import agreement, localisation
 from onnxcam.model import Model
 from onnxcam.pictures import open_image
-from onnxcam.pool import Pool, pool as find_pool
+from onnxcam.pool import Pool, shared_out
 
 MEASURED = ("rank", "ssim", "iou", "shift", "energy_a", "energy_b")
 COLUMNS = (
@@ -61,10 +61,7 @@ class Audit:
 
     def rows(self) -> Iterator[dict[str, str]]:
         """All rows, one at a time."""
-        import csv
-
-        with (self.folder / VALUES).open(newline="", encoding="utf-8") as stream:
-            yield from csv.DictReader(stream)
+        return rows_of(self.folder)
 
     def to_parquet(self) -> Path:
         """The same as `values.parquet`; raises UsageError where pyarrow is not installed."""
@@ -131,8 +128,7 @@ def audit(
     journal = Journal(out, COLUMNS, settings)
     if thumbs is None or thumbs > 0:
         writable_folder(journal.folder / THUMBS)
-    who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
-    threads = 1 if who.name == "ray" and threads is None else threads
+    who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
     work = _Auditing(
         first, second, pairs, explained, dict(options or {}), target, offset, thumbs, len(examples) > 1,
         dict(how, threads=threads),

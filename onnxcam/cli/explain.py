@@ -170,8 +170,9 @@ def _explain_to_table(arguments: argparse.Namespace) -> int:
 
     if arguments.inputs:
         raise UsageError("--parquet explains pictures: leave --input out")
-    if arguments.segment:
-        raise UsageError("--parquet writes raw maps and nothing else: leave --segment out")
+    for option, given in (("--segment", arguments.segment), ("--json", arguments.json)):
+        if given:
+            raise UsageError(f"--parquet writes raw maps and nothing else: leave {option} out")
     chosen = _method(arguments)
     images = find_pictures(arguments.images)
     model = load_model(arguments)

@@ -7,7 +7,6 @@ does not beat those says nothing.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from onnxcam.errors import ModelError, NotFiniteError, UsageError
 from onnxcam.evaluation.examples import Example, check_target
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
 from onnxcam.explanation import Explanation
-from onnxcam.journal import VALUES, Journal, to_parquet
+from onnxcam.journal import VALUES, Journal, rows_of, to_parquet
 from onnxcam.locations import is_url
 from onnxcam.means import of_class, probabilities
 from onnxcam.methods import INPUT, Method, method as find_method
@@ -29,7 +28,7 @@ from onnxcam.methods.upsample import upsampled
 from onnxcam.model import Model
 from onnxcam.named import named
 from onnxcam.pictures import open_image
-from onnxcam.pool import Pool, pool as find_pool
+from onnxcam.pool import Pool, shared_out
 from onnxcam.runners import as_rows
 from onnxcam.taps import expose
 
@@ -51,8 +50,7 @@ class Evaluation:
     @cached_property
     def rows(self) -> list[dict[str, str]]:
         """All values, as they stand in the file."""
-        with (self.folder / VALUES).open(newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
+        return list(rows_of(self.folder))
 
     def to_parquet(self) -> Path:
         """The same values as `values.parquet`.
@@ -113,6 +111,7 @@ def evaluate(
     names = list(model.resolve(list(layers)))
     settings = {
         "model": model.sha256,
+        "preprocess": model.preprocess.to_json(),
         "methods": [[m.name, dict((options or {}).get(m.name, {}))] for m in chosen],
         "layers": names,
         "metrics": [m.name for m in measures],
@@ -122,8 +121,7 @@ def evaluate(
     }
     journal = Journal(out, COLUMNS, settings)
     skipped: dict[str, str] = {}
-    who = find_pool(engine_pool, workers, Settings.of(how.get("providers", "cpu")).on_gpu)
-    threads = 1 if who.name == "ray" and threads is None else threads
+    who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
     work = _Measuring(
         model, tuple(chosen), tuple(names), tuple(measures), floors, target, dict(options or {}),
         dict(how, threads=threads), len(examples) > 1,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcam.audit.drift import Drift
-from onnxcam.audit.run import MEASURED, THUMBS, Audit
+from onnxcam.audit.run import MEASURED, Audit
 from onnxcam.audit.verdict import Findings
 from onnxcam.errors import UsageError
 from onnxcam.files import write_atomically
@@ -72,7 +72,6 @@ def save_page(f: Findings, audit: Audit, labels: Labels | None = None, name: str
             drawn=script(10**9 if drawn is None else drawn),
         )
     )
-    assert (audit.folder / THUMBS).exists() or drawn == 0
     return write_atomically(audit.folder / name, lambda s: s.write(text.encode("utf-8", "backslashreplace")))
 
 
