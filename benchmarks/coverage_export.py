@@ -235,7 +235,7 @@ def seed_weights(model: Any, dense: bool = True) -> None:
 def _to_onnx(model: Any, x: np.ndarray, exporter: str, path: Path) -> None:
     import torch
 
-    from exporters.torch_common import _quiet
+    from exporters.torch_common import exporting
 
     sample = (torch.from_numpy(x),)
     names: dict[str, Any] = {
@@ -244,7 +244,7 @@ def _to_onnx(model: Any, x: np.ndarray, exporter: str, path: Path) -> None:
         "opset_version": OPSETS[exporter],
     }
     large = sum(p.numel() for p in model.parameters()) > 4e8  # no more than 2 GB fit into one file
-    with _quiet(), torch.no_grad():
+    with exporting(), torch.no_grad():
         if exporter == "dynamo":
             program = torch.onnx.export(model, sample, dynamo=True, verbose=False, **names)
             assert program is not None

@@ -135,7 +135,7 @@ def to_onnx(
         raise UsageError("the model does not return one (N, classes) tensor; only classifiers can be exported")
 
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["logits"], "opset_version": opset}
-    with _quiet():
+    with exporting():
         if exporter == "dynamo":
             shapes = None if batch else ({0: torch.export.Dim("batch")},)
             program = torch.onnx.export(model, (traced,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
@@ -161,10 +161,15 @@ def to_onnx(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' chatter off the terminal; their errors are exceptions and still come through."""
+def exporting() -> Iterator[None]:
+    """Keep the chatter of the exporters off the terminal; their errors are exceptions and still come through.
+
+    PyTorch is kept off its fused path of attention as well, which the TorchScript exporter has no operators for.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
@@ -174,3 +179,4 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            torch.backends.mha.set_fastpath_enabled(fused)

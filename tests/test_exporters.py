@@ -152,6 +152,23 @@ def test_a_torchvision_export_computes_what_torchvision_computes(
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_attention_is_exported_without_the_fused_path_that_torchscript_has_no_operator_for() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    from exporters.torch_common import import_torchvision, seed_weights, to_onnx
+
+    import_torchvision()
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    how = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
+    network = seed_weights(VisionTransformer(num_classes=5, **how), 0).eval().requires_grad_(False)
+    before = torch.backends.mha.get_fastpath_enabled()
+    exported, x, expected = to_onnx(network, size=32, batch=1, exporter="torchscript")
+    assert torch.backends.mha.get_fastpath_enabled() == before
+    (logits,) = onnxruntime.InferenceSession(exported.SerializeToString()).run(["logits"], {"input": x})
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_seeded_weights_repeat_and_leave_no_normalisation_near_identity() -> None:
     torch = pytest.importorskip("torch")
     from exporters.torch_common import seed_weights
