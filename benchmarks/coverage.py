@@ -25,7 +25,7 @@ from benchmarks.coverage_cases import EXPORTERS, FAMILIES, Case, cases, write_sa
 from benchmarks.coverage_export import MODEL, NOTES, export
 from benchmarks.coverage_files import read_json, write_json
 from benchmarks.coverage_table import document, failure, summary_line
-from benchmarks.coverage_worker import ENGINES, begun, explain
+from benchmarks.coverage_worker import ENGINES, begun, explain, settle
 from benchmarks.models import CACHE
 from benchmarks.results import sources_hash
 
@@ -83,14 +83,18 @@ class Sweep:
         notes = self.exported(case)
         known = read_json(result)
         wanted = not export_only and (known is None or again(known) or set(self.engines) - set(known["engines"]))
-        if notes is None or (wanted and notes["status"] == "ok" and not (folder / MODEL).exists()):
+        unsettled = known is not None and not (wanted or export_only) and "float64" not in known["steps"]
+        if notes is None or ((wanted or unsettled) and notes["status"] == "ok" and not (folder / MODEL).exists()):
             folder.mkdir(parents=True, exist_ok=True)
             yield Process(export, (case, folder), folder / NOTES, {"status": "running"}, self.limits)
             notes = self.exported(case)
         if wanted and notes is not None and notes["status"] == "ok":
             begin = begun(self.engines, self.code)
             yield Process(explain, (folder, result, begin, self.threads), result, begin, self.limits)
-        self.tidy(case, bool(wanted))
+        elif unsettled and known is not None and notes is not None and notes["status"] == "ok":
+            known["steps"]["float64"] = {"status": "running"}
+            yield Process(settle, (folder, result, known, self.threads), result, known, self.limits)
+        self.tidy(case, bool(wanted or unsettled))
 
     def tidy(self, case: Case, explained: bool) -> None:
         """Large models go once they have been explained, and all where the disk gets full."""

@@ -28,6 +28,13 @@ def explain(folder: Path, result: Path, notes: dict[str, Any], threads: int = 1)
     _Explaining(folder, result, notes, threads).run(notes["engines"])
 
 
+def settle(folder: Path, result: Path, notes: dict[str, Any], threads: int = 1) -> None:
+    """Add the step "float64" to an explanation that was made before there was one; goes on in `result`."""
+    work = _Explaining(folder, result, notes, threads)
+    work.load()
+    work.step("float64", work.float64)
+
+
 def begun(engines: Sequence[str], code: str) -> dict[str, Any]:
     """The notes of an explanation that has just begun."""
     return {
@@ -58,6 +65,7 @@ class _Explaining:
             self.step(f"cam/{engine}", lambda engine=engine: self.cam(engine))
             self.step(f"lrp/{engine}", lambda engine=engine: self.lrp(engine))
             self.step(f"gradient/{engine}", lambda engine=engine: self.gradient(engine))
+        self.step("float64", self.float64)
 
     def step(self, name: str, work: Callable[[], dict[str, Any]]) -> bool:
         from onnxcam.errors import OnnxcamError
@@ -148,6 +156,20 @@ class _Explaining:
             if reference is not None:
                 figures["beside"] = self.beside(engine, ours, reference)
         return figures
+
+    def float64(self) -> dict[str, Any]:
+        """The same gradient all in float64, by engine numpy and the reference evaluator's forward pass, against
+        autograd's in float64: rounding out of the way, what is left is a mistake in an adjoint, or weights that the
+        exporter folded in float32."""
+        if "gradient64" not in self.reference:
+            return {"error": None}
+        layers = [self.model.spec.name]
+        found = self.explained(
+            "numpy", layers, method=entries(), composite="gradient", start="one-hot", dtype="float64"
+        )  # fmt: skip
+        ours = next(iter(found.maps.values()))[:, 0]
+        reference = self.reference["gradient64"]
+        return {"error": relative(ours.reshape(reference.shape), reference)}
 
     def beside(self, engine: str, ours: np.ndarray, reference: np.ndarray) -> float:
         """How far autograd's gradient is from ours right beside the input, at its nearest.

@@ -290,6 +290,13 @@ class Model:
     def _unlisted(self, tensor: str, size: Size | Given | None, vectors: bool = False) -> Layer:
         """A layer for a tensor that the listing leaves out: an input, a bottleneck of layout ops, a folded tensor."""
         found = self.canonical(size, frozenset({tensor}))
+        key = ("unlisted", tensor, vectors)
+        if key not in found.cache:
+            found.cache[key] = self._judged(found, tensor, vectors)
+        layer: Layer = found.cache[key]
+        return layer
+
+    def _judged(self, found: Canonical, tensor: str, vectors: bool) -> Layer:
         graph = found.graph
         if tensor not in graph:
             raise UsageError(f"tensor {tensor!r} is a constant of the model: there is nothing to explain at it")

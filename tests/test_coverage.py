@@ -21,8 +21,18 @@ from benchmarks.coverage_cases import SAMPLE, Case, design, light_cases, timm_ca
 from benchmarks.coverage_export import MODEL, NOTES, REFERENCE, seed_weights
 from benchmarks.coverage_files import read_json
 from benchmarks.coverage_light import interpret
-from benchmarks.coverage_table import document, failure, gradient_agrees, passed, plain, summary_line, whole
-from benchmarks.coverage_worker import begun, explain
+from benchmarks.coverage_table import (
+    autograds,
+    document,
+    failure,
+    gradient_agrees,
+    outright,
+    passed,
+    plain,
+    summary_line,
+    whole,
+)
+from benchmarks.coverage_worker import begun, explain, settle
 from onnxcam.operators import registry
 
 CASE = Case("timm", "tiny", "torchscript", 16, "tiny")
@@ -62,6 +72,7 @@ def test_a_network_that_is_explained_passes(make):
     assert [s["status"] for s in steps.values()] == ["ok"] * len(steps)
     assert max(steps[f"gradient/{e}"]["torch64"] for e in ("onnx", "numpy")) <= 1e-5
     assert 0 < steps["cam/numpy"]["apart"] <= 1e-5
+    assert steps["float64"]["error"] <= 1e-6  # what PyTorch folds into the file in float32 is left
     assert steps["check"]["problems"] == []
     assert failure(stored) is None and passed(stored)
     assert summary_line(stored).startswith("ok, ")
@@ -76,7 +87,7 @@ def test_a_network_whose_operator_is_missing_fails_and_the_op_is_named(make, mon
     assert [problem[0] for problem in stored["explained"]["steps"]["check"]["problems"]] == ["MaxPool"]
     page = document([(CASE, stored)])
     assert "| onnxcam | refused, onnx | MaxPool | node …: no operator for MaxPool" in page
-    assert "| timm | 1 | 1 | 1 | 1 | 0 | 0 | 1 | 0.0 % |" in page
+    assert "| timm | 1 | 1 | 1 | 1 | 0 | 0 | 0 | 0 | 1 | 0.0 % |" in page
     assert "**tiny**" in page
 
 
@@ -84,6 +95,28 @@ def test_a_gradient_that_is_not_autograds_fails(make):
     found = failure(make(wrong=1.01, engines=("onnx",)))
     assert found is not None
     assert (found.step, found.kind) == ("gradient/onnx", "not autograd's")
+
+
+def test_a_gradient_that_is_off_in_float32_alone_passes(make):
+    stored = make()
+    steps = stored["explained"]["steps"]
+    for engine in ("onnx", "numpy"):
+        steps[f"gradient/{engine}"] |= {"torch32": 0.3, "torch64": 0.2}
+    assert passed(stored) and not outright(stored)
+    assert autograds(stored) and not autograds(stored, in_float32=True)
+    steps["float64"]["error"] = 2e-5
+    assert not passed(stored) and not autograds(stored)
+
+
+def test_the_step_in_float64_is_made_up_for_where_it_is_missing(make, tmp_path):
+    known = make()["explained"]
+    before = known["steps"].pop("float64")
+    settle(tmp_path, tmp_path / "again.json", known)
+    found = read_json(tmp_path / "again.json")["steps"]
+    assert found["float64"]["error"] == before["error"]
+    assert {name: found[name] for name in known["steps"] if name != "float64"} == {
+        name: step for name, step in known["steps"].items() if name != "float64"
+    }
 
 
 def test_a_case_without_the_second_engine_has_not_passed(make):
@@ -104,7 +137,7 @@ def test_an_export_that_fails_is_not_counted_against_onnxcam():
     failed = {"status": "failed", "error": "ValueError", "message": "no such thing"}
     page = document([(CASE, failed)])
     assert "| exporter | failed, export | ValueError | no such thing |" in page
-    assert "| timm | 1 | 1 | 0 | 0 | 0 | 0 | 0 | – |" in page
+    assert "| timm | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | – |" in page
     other = Case("timm", "tiny", "dynamo", 16, "tiny", "torchscript")
     page = document([(CASE, failed), (other, {"status": "ok", "seconds": 1, "nodes": 1})])
     assert "no such thing" not in page  # another exporter stands in
