@@ -349,24 +349,42 @@ def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
     assert len(text) < 60_000  # pictures are files of their own
 
 
+def shown(page: Path, state: str) -> tuple[list[str], str]:
+    """The pictures that the table lists, in order, and the whole document, once Chromium has run the page."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        "--virtual-time-budget=4000", "--dump-dom", f"{page.as_uri()}#{state}",
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in ran.stderr, ran.stderr
+    body = re.search(r'<table id="pictures">.*?</table>', ran.stdout, re.S)
+    assert body is not None
+    return re.findall(r'title="(\d+\.png)"', body[0]), ran.stdout
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_sorts_filters_and_reports_no_errors(page: Path) -> None:
-    def shown(state: str) -> tuple[list[str], str]:
-        command = [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            "--virtual-time-budget=4000", "--dump-dom", f"{page.as_uri()}#{state}",
-        ]  # fmt: skip
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert "CONSOLE" not in ran.stderr, ran.stderr
-        body = re.search(r'<table id="pictures">.*?</table>', ran.stdout, re.S)
-        assert body is not None
-        return re.findall(r'title="(\d\.png)"', body[0]), ran.stdout
-
-    up, _ = shown("sort=A+sure")
-    down, _ = shown("sort=A+sure&down=1")
+    up, _ = shown(page, "sort=A+sure")
+    down, _ = shown(page, "sort=A+sure&down=1")
     assert sorted(up) == [f"{i}.png" for i in range(6)] and up == down[::-1]
-    by_name, whole = shown("sort=picture")
+    by_name, whole = shown(page, "sort=picture")
     assert by_name == sorted(by_name) and 'aria-sort="ascending"' in whole
-    assert shown("find=3.png")[0] == ["3.png"]
-    assert shown("changed=1")[0] == []
-    assert "<dialog" in whole and re.search(r"<dialog[^>]* open", shown("compare=1")[1])
+    assert shown(page, "find=3.png")[0] == ["3.png"]
+    assert shown(page, "changed=1")[0] == []
+    assert "<dialog" in whole and re.search(r"<dialog[^>]* open", shown(page, "compare=1")[1])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_ten_thousand_pictures_are_a_page_at_a_time(place: Path, tmp_path: Path) -> None:
+    count = 10_000
+    small = audit(model(place, "a"), model(place, "close"), known(place), ["A2", "A4"], tmp_path)
+    two = [row for row in small.rows() if row["number"] == "0"]
+    with (tmp_path / "values.csv").open("w", newline="") as stream:
+        values = csv.DictWriter(stream, list(two[0]))
+        values.writeheader()
+        values.writerows({**row, "number": n, "image": f"{n:05d}.png"} for n in range(count) for row in two)
+    page = save_page(findings(small), small)
+    assert page.stat().st_size < 300 * count  # numbers alone
+    names, whole = shown(page, "sort=picture&down=1")
+    assert names == [f"{count - 1 - k:05d}.png" for k in range(50)] and f"of {count}" in whole
+    assert shown(page, "find=05000")[0] == ["05000.png"]
