@@ -82,8 +82,15 @@ class Sweep:
         folder, result = self.folder(case), self.result(case)
         notes = self.exported(case)
         known = read_json(result)
-        wanted = not export_only and (known is None or again(known) or set(self.engines) - set(known["engines"]))
-        unsettled = known is not None and not (wanted or export_only) and "float64" not in known["steps"]
+        wanted = not export_only and (
+            known is None or again(known) or _broken_off(known) or set(self.engines) - set(known["engines"])
+        )
+        unsettled = (
+            known is not None
+            and not (wanted or export_only)
+            and "float64" not in known["steps"]
+            and "seconds" in known["steps"]["load"]
+        )
         if notes is None or ((wanted or unsettled) and notes["status"] == "ok" and not (folder / MODEL).exists()):
             folder.mkdir(parents=True, exist_ok=True)
             yield Process(export, (case, folder), folder / NOTES, {"status": "running"}, self.limits)
@@ -202,6 +209,11 @@ def sweep(
     finally:
         for _, _, process in running:
             process.process.kill()
+
+
+def _broken_off(known: dict[str, Any]) -> bool:
+    """True where a sweep ended within this case."""
+    return any(step["status"] == "running" for step in known["steps"].values())
 
 
 def _needless(case: Case, place: Sweep) -> bool:

@@ -133,6 +133,31 @@ def test_only_rounding_widens_the_bound():
     assert not gradient_agrees({"torch32": 0.2, "rounding": 1.0}, None)  # then nothing can be said
 
 
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ({"lrp/numpy": {"status": "running"}}, ["explain"]),
+        ({"lrp/numpy": {"status": "crash"}}, ["settle"]),
+        ({}, ["settle"]),
+        ({"float64": {"status": "ok", "error": 0.0}}, []),
+    ],
+    ids=["broken-off", "crashed", "of-before-float64", "whole"],
+)
+def test_a_sweep_does_what_is_missing(tmp_path, monkeypatch, last, expected):
+    done: list[str] = []
+    monkeypatch.setattr(coverage, "Process", lambda work, *_: done.append(work.__name__))
+    place = coverage.Sweep(tmp_path / "results", tmp_path / "models", coverage.Limits(1, 1), "code")
+    folder = place.folder(CASE)
+    folder.mkdir(parents=True)
+    (folder / MODEL).touch()
+    (folder / NOTES).write_text('{"status": "ok"}')
+    place.result(CASE).parent.mkdir(parents=True)
+    steps = {"load": {"status": "ok", "seconds": 0.1}, **last}
+    place.result(CASE).write_text(json.dumps({"code": "other", "engines": ["onnx", "numpy"], "steps": steps}))
+    list(place.work(CASE, lambda known: False, False))
+    assert done == expected
+
+
 def test_an_export_that_fails_is_not_counted_against_onnxcam():
     failed = {"status": "failed", "error": "ValueError", "message": "no such thing"}
     page = document([(CASE, failed)])
