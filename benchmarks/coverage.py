@@ -25,7 +25,7 @@ from benchmarks.coverage_cases import EXPORTERS, FAMILIES, Case, cases, write_sa
 from benchmarks.coverage_export import MODEL, NOTES, export
 from benchmarks.coverage_files import read_json, write_json
 from benchmarks.coverage_table import document, failure, summary_line
-from benchmarks.coverage_worker import ENGINES, begun, explain, settle
+from benchmarks.coverage_worker import ENGINES, begun, explain, settle, unsettled
 from benchmarks.models import CACHE
 from benchmarks.results import sources_hash
 
@@ -85,23 +85,20 @@ class Sweep:
         wanted = not export_only and (
             known is None or again(known) or _broken_off(known) or set(self.engines) - set(known["engines"])
         )
-        unsettled = (
-            known is not None
-            and not (wanted or export_only)
-            and "float64" not in known["steps"]
-            and "seconds" in known["steps"]["load"]
-        )
-        if notes is None or ((wanted or unsettled) and notes["status"] == "ok" and not (folder / MODEL).exists()):
+        again_in_float64 = known is not None and not (wanted or export_only) and unsettled(known)
+        if notes is None or (
+            (wanted or again_in_float64) and notes["status"] == "ok" and not (folder / MODEL).exists()
+        ):
             folder.mkdir(parents=True, exist_ok=True)
             yield Process(export, (case, folder), folder / NOTES, {"status": "running"}, self.limits)
             notes = self.exported(case)
         if wanted and notes is not None and notes["status"] == "ok":
             begin = begun(self.engines, self.code)
             yield Process(explain, (folder, result, begin, self.threads), result, begin, self.limits)
-        elif unsettled and known is not None and notes is not None and notes["status"] == "ok":
+        elif again_in_float64 and known is not None and notes is not None and notes["status"] == "ok":
             known["steps"]["float64"] = {"status": "running"}
             yield Process(settle, (folder, result, known, self.threads), result, known, self.limits)
-        self.tidy(case, bool(wanted or unsettled))
+        self.tidy(case, bool(wanted or again_in_float64))
 
     def tidy(self, case: Case, explained: bool) -> None:
         """Large models go once they have been explained, and all where the disk gets full."""
