@@ -36,15 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     module_name, summary = EXPORTERS[exporter]
     try:
         module = importlib.import_module(f"exporters.{module_name}")
-        from onnxcam.errors import OnnxcamError
+        from onnxcam.errors import OnnxcamError, UsageError
+        from onnxcam.files import check_writable
     except ModuleNotFoundError as error:
         print(f"error: {error}; install what exporting needs: {INSTALLS.get(exporter, INSTALL)}", file=sys.stderr)
         return 2
     own = argparse.ArgumentParser(prog=f"{parser.prog} {exporter}", description=summary)
     own.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     module.add_arguments(own)
+    options = own.parse_args(arguments[1:])
     try:
-        print(module.export(own.parse_args(arguments[1:])).summary())
+        check_writable(options.output.parent)
+        if options.output.is_dir():
+            raise UsageError(f"{options.output} is a folder: name the file to write")
+        print(module.export(options).summary())
     except OnnxcamError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -166,6 +166,19 @@ def imported(name: str) -> Any:
     return found
 
 
+def called(name: str, make: Any) -> Any:
+    """What `make()` returns.
+
+    Raises:
+        UsageError: it cannot be called without arguments, or fails.
+    """
+    try:
+        return make()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"{name}() fails: {type(error).__name__}: {reason}") from error
+
+
 def no_download(name: str, error: Exception) -> UsageError:
     """What to say where trained weights cannot be had."""
     reason = (str(error).splitlines() or [""])[0][:120]

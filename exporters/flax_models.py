@@ -12,7 +12,7 @@ from typing import Any
 import jax2onnx
 import numpy as np
 
-from exporters.common import Export, finish, imported
+from exporters.common import Export, called, finish, imported
 from onnxcam.labels import read_labels
 from onnxcam.preprocess import PRESETS, preset
 
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def export(args: argparse.Namespace) -> Export:
     """Export the module that `args` names and check it against JAX's own output."""
     return write(
-        imported(args.model)(), args.output, size=args.size, channels=args.channels, preprocess=args.preprocess,
+        called(args.model, imported(args.model)), args.output, size=args.size, channels=args.channels,
+        preprocess=args.preprocess,
         labels=None if args.labels is None else list(read_labels(args.labels)), about=args.model,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from exporters.common import Export, finish, imported
+from exporters.common import Export, called, finish, imported
 from exporters.torch_common import add_torch_arguments, batch_of, import_torchvision, to_onnx
 from onnxcam.errors import UsageError
 from onnxcam.labels import read_labels
@@ -57,7 +57,7 @@ def load(name: str) -> nn.Module:
     """
     import_torchvision()
     found = imported(name)
-    model = found if isinstance(found, nn.Module) else found()
+    model = found if isinstance(found, nn.Module) else called(name, found)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name} gives a {type(model).__name__}, not a torch.nn.Module")
     return model

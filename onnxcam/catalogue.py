@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import re
 import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from onnxcam.errors import UsageError
-from onnxcam.files import writable_folder
+from onnxcam.files import safe_name, writable_folder
 from onnxcam.named import named
 
 CHUNK = 1 << 18
@@ -43,12 +45,28 @@ def catalogue(path: str | Path | None = None) -> dict[str, Entry]:
     try:
         with place.open("rb") as stream:
             data = tomllib.load(stream)
-        return {name: Entry(name, **row) for name, row in data.items()}
+        return {name: _entry(name, row) for name, row in data.items()}
     except FileNotFoundError:
         raise UsageError(f"{place}: no such file") from None
-    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, AttributeError, ValueError) as error:
         wanted = ", ".join(f.name for f in fields(Entry)[1:])
         raise UsageError(f"{place} is no catalogue, a table of {wanted} for each name: {error}") from None
+
+
+def _entry(name: str, row: dict[str, Any]) -> Entry:
+    """Checked; raises TypeError or ValueError where it is none."""
+    entry = Entry(name, **row)
+    for field in fields(Entry):
+        value = getattr(entry, field.name)
+        if type(value) is not (int if field.name == "size" else str):
+            raise TypeError(f"{field.name} of {name} is {value!r}")
+    if name != safe_name(name):
+        raise ValueError(f"{name!r} is no name for a file")
+    if not re.fullmatch(r"https?://[^\s/]+/\S+", entry.url):
+        raise ValueError(f"url of {name} is {entry.url!r}")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", entry.sha256) or entry.size < 1:
+        raise ValueError(f"sha256 or size of {name} is none")
+    return replace(entry, sha256=entry.sha256.lower())
 
 
 def _shipped() -> Path:
@@ -85,7 +103,7 @@ def fetch(
         _download(wanted, part, progress)
     except urllib.error.HTTPError as error:
         raise UsageError(f"{wanted.url} cannot be fetched: {error.code} {error.reason}") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(
             f"{wanted.name} cannot be fetched: no way to {wanted.url} ({reason}); what has come is kept, and the same "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from onnxcam.errors import UsageError
-from onnxcam.evaluation.examples import Example, check_target
+from onnxcam.errors import NotFiniteError, PictureError, UsageError
+from onnxcam.evaluation.examples import Example, checked
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.methods import Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.model import Model
-from onnxcam.pictures import open_image
+from onnxcam.pictures import open_image, why_left_out
 from onnxcam.pool import Pool, shared_out
 
 SIDE = 16  # cells of the maps that are compared
@@ -35,6 +36,7 @@ FEWEST = 8  # pictures that a class must have
 MOST = 8  # clusters that are looked for
 SHOWN = 24  # pictures of a gallery
 TILE = 144
+SAME = 1e-6  # what maps of a class must differ by somewhere
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Clusters:
         number, label: of the class.
         pictures: their paths.
         maps: what was compared: (pictures, SIDE, SIDE), positive parts that sum to 1.
-        cluster: of each picture; 0 is the largest.
+        cluster: of each picture; 0 is the largest. There is one where all maps are the same.
         places: of each picture in the plane, by t-SNE of the maps.
         eigenvalues: of the Laplacian, smallest first; `gap` is the step behind as many as there are clusters, as a
             share of the next: 1 where the clusters are not connected at all.
         apart: silhouette of the clusters in the spectral embedding, -1..1: near 0 they are not groups but a continuum.
+        asked: whether the number of clusters was asked for.
     """
 
     number: int
@@ -61,6 +64,7 @@ class Clusters:
     eigenvalues: np.ndarray
     gap: float
     apart: float
+    asked: bool = False
 
     @property
     def count(self) -> int:
@@ -89,6 +93,7 @@ def cluster(
     options: Mapping[str, Any] | None = None,
     target: str = "predicted",
     progress: Callable[[int, int], None] | None = None,
+    left_out: Callable[[str, str], None] | None = None,
     threads: int | None = None,
     engine_pool: str | Pool | None = None,
     workers: int | None = None,
@@ -105,6 +110,7 @@ def cluster(
         method, options, how: as for `explain`.
         target: "predicted" or "label": which pictures a class has, and what is explained.
         progress: called with (done, total) pictures.
+        left_out: called with a picture that could not be read, and why; without it they go unsaid.
         threads, engine_pool, workers: as for `evaluate`.
 
     Raises:
@@ -112,7 +118,7 @@ def cluster(
         ModelError: as `explain`.
     """
     _require()
-    check_target(target, examples)
+    examples = checked(examples, target)
     if count is not None and count < 2:
         raise UsageError(f"clusters are 2 or more, not {count}")
     wanted = list(model.resolve([layer]))
@@ -121,10 +127,16 @@ def cluster(
     who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
     only = None if classes is None else frozenset(classes)
     work = _Mapping(
-        model, wanted[0], find_method(method), dict(options or {}), target, only, dict(how, threads=threads)
-    )
+        model, wanted[0], find_method(method), dict(options or {}), target, only, len(examples) > 1,
+        dict(how, threads=threads),
+    )  # fmt: skip
+    reasons: list[str] = []
     found: dict[int, list[tuple[str, np.ndarray]]] = defaultdict(list)
-    for done, (example, (number, heat)) in enumerate(zip(examples, who.run(work, examples), strict=True), 1):
+    for done, (example, (number, heat, why)) in enumerate(zip(examples, who.run(work, examples), strict=True), 1):
+        if why:
+            reasons.append(why)
+            if left_out is not None:
+                left_out(example.path, why)
         if heat is not None:
             found[number].append((example.path, heat))
         if progress is not None:
@@ -132,6 +144,8 @@ def cluster(
     if only is None:
         enough = {n: some for n, some in found.items() if len(some) >= FEWEST}
         if not enough:
+            if len(reasons) == len(examples):
+                raise UsageError(reasons[0])
             raise UsageError(f"no class has {FEWEST} pictures or more, which clusters want")
     else:
         enough = {n: found.get(n, []) for n in sorted(only)}
@@ -154,10 +168,19 @@ class _Mapping:
     options: dict[str, Any]
     target: str
     only: frozenset[int] | None
+    lenient: bool
     how: dict[str, Any]
 
-    def begin(self) -> Callable[[Example], tuple[int, np.ndarray | None]]:
-        def mapped(example: Example) -> tuple[int, np.ndarray | None]:
+    def begin(self) -> Callable[[Example], tuple[int, np.ndarray | None, str]]:
+        def mapped(example: Example) -> tuple[int, np.ndarray | None, str]:
+            try:
+                return (*found(example), "")
+            except (PictureError, NotFiniteError) as error:
+                if not self.lenient:
+                    raise
+                return -1, None, why_left_out(example.path, error)
+
+        def found(example: Example) -> tuple[int, np.ndarray | None]:
             wanted = "predicted" if self.target == "predicted" else int(example.label or 0)
             if self.only is not None and self.target == "label" and wanted not in self.only:
                 return int(example.label or 0), None
@@ -178,8 +201,16 @@ class _Mapping:
 def clustered(
     number: int, label: str, pictures: Sequence[str], maps: np.ndarray, count: int | None = None, seed: int = 0
 ) -> Clusters:
-    """Cluster maps (pictures, h, w), of any scale; of each the positive part counts, as shares of its sum."""
+    """Cluster maps (pictures, h, w), of any scale; of each the positive part counts, as shares of its sum.
+
+    Raises:
+        UsageError: scikit-learn is not installed, or there are no more maps than clusters asked for.
+    """
     _require()
+    if count is not None and count >= len(maps):
+        raise UsageError(
+            f"{count} clusters of {len(maps)} pictures of {label}: fewer are wanted than there are pictures"
+        )
     from sklearn.cluster import SpectralClustering
     from sklearn.manifold import TSNE, spectral_embedding
     from sklearn.metrics import silhouette_score
@@ -189,6 +220,9 @@ def clustered(
     total = positive.sum((1, 2), keepdims=True)
     shares = np.where(total > 0, positive / np.where(total > 0, total, 1), 1 / SIDE**2)
     rows = np.sqrt(shares).reshape(len(shares), -1)  # Hellinger's distance: shares are compared as distributions
+    if np.ptp(rows, axis=0).max() < SAME:
+        flat = np.zeros(len(rows), int)
+        return Clusters(number, label, list(pictures), shares, flat, np.zeros((len(rows), 2)), np.zeros(1), 0.0, 0.0)
     neighbours = min(max(int(np.ceil(np.log(len(rows)))) + 2, 4), len(rows) - 1)
     graph = kneighbors_graph(rows, neighbours, include_self=True).toarray()
     graph = 0.5 * (graph + graph.T)
@@ -198,8 +232,7 @@ def clustered(
     # As many groups as eigenvalues near 0: the largest step, as a share of where it leads to.
     few = eigenvalues[: max(min(MOST, len(rows) // 4) + 1, 3)]
     steps = np.diff(few) / (few[1:] + 1e-3)
-    k = count or (int(np.argmax(steps[1:])) + 2 if len(steps) > 1 else 2)
-    k = min(k, len(rows) - 1)
+    k = count or min(int(np.argmax(steps[1:])) + 2 if len(steps) > 1 else 2, len(rows) - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of graphs in several pieces, which is what clusters are
         groups = (
@@ -215,8 +248,9 @@ def clustered(
     apart = float(silhouette_score(embedded, groups)) if several else 0.0
     gap = float(steps[k - 1]) if k - 1 < len(steps) else 0.0
     return Clusters(
-        number, label, list(pictures), shares, renamed, np.asarray(places, np.float64), eigenvalues, gap, apart
-    )
+        number, label, list(pictures), shares, renamed, np.asarray(places, np.float64), eigenvalues, gap, apart,
+        count is not None,
+    )  # fmt: skip
 
 
 def _require() -> None:
@@ -240,6 +274,9 @@ def save(found: Sequence[Clusters], model: Model, out: str | Path) -> list[Path]
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     rows.writerow(["image", "class", "cluster", "x", "y"])
+    for old in (*folder.glob("class-*-cluster-*.jpg"), *folder.glob("class-*.png")):
+        if re.fullmatch(r"class-\d+(-cluster-\d+)?", old.stem):  # of a run before
+            old.unlink()
     for c in found:
         for picture, group, (x, y) in zip(c.pictures, c.cluster, c.places, strict=True):
             rows.writerow([picture, c.number, int(group), f"{x:.5g}", f"{y:.5g}"])
@@ -299,10 +336,14 @@ def _plot(c: Clusters, path: Path) -> Path:
     for k in range(c.count):
         members = c.cluster == k
         left.scatter(*c.places[members].T, s=18, label=f"{k}: {int(members.sum())} pictures", color=f"C{k}")
-    left.set(title=f"{c.label}, {len(c.pictures)} maps (t-SNE)", xticks=[], yticks=[])
+    left.set(xticks=[], yticks=[])
+    left.set_title(f"{c.label}, {len(c.pictures)} maps (t-SNE)", parse_math=False)
     left.legend(fontsize=8, title="cluster", title_fontsize=8)
     right.plot(np.arange(1, len(c.eigenvalues) + 1), c.eigenvalues, "o-", color="0.3", markersize=4)
-    right.axvline(c.count + 0.5, color="C3", linestyle=":", label=f"largest gap: {c.count} clusters")
+    why = "asked for" if c.asked else "largest gap" if c.count > 1 else "all the same"
+    right.axvline(c.count + 0.5, color="C3", linestyle=":", label=f"{why}: {c.count} clusters")
     right.set(title="eigenvalues of the Laplacian", xlabel="number")
     right.legend(fontsize=8)
-    return write_atomically(path, lambda s: figure.savefig(s, format="png", dpi=130))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scripts that the font has no letters for, and plots that are full
+        return write_atomically(path, lambda s: figure.savefig(s, format="png", dpi=130))

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxcam.errors import NotFiniteError, UsageError
+from onnxcam.errors import NotFiniteError, PictureError, UsageError
 from onnxcam.explain import explain
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
-from onnxcam.locations import is_url, name_of, written_to
+from onnxcam.locations import is_url, written_to
 from onnxcam.model import Model
+from onnxcam.pictures import why_left_out
 from onnxcam.pool import Pool, shared_out
 from onnxcam.targets import Target
 
@@ -129,23 +130,16 @@ class _Explaining:
         def explained(pictures: list[str]) -> _Part:
             try:
                 return self._part(pictures)
-            except NotFiniteError:
+            except (PictureError, NotFiniteError):
                 if not self.lenient:
-                    raise
-            except UsageError as error:
-                if not self.lenient or not _is_about(error, pictures):
                     raise
             # One of them cannot be read: find out which.
             parts, skipped = [], {}
             for picture in pictures:
                 try:
                     parts.append(self._part([picture]))
-                except NotFiniteError as error:
-                    skipped[picture] = f"{picture}: {error}"
-                except UsageError as error:
-                    if not _is_about(error, [picture]):
-                        raise
-                    skipped[picture] = str(error)
+                except (PictureError, NotFiniteError) as error:
+                    skipped[picture] = why_left_out(picture, error)
             manifest = parts[0].manifest if parts else None
             warnings = [w for part in parts for w in part.warnings]
             return _Part([row for part in parts for row in part.rows], skipped, manifest, warnings)
@@ -156,12 +150,6 @@ class _Explaining:
         e = explain(self.model, pictures, self.layers, self.targets, **self.how)
         manifest = {key: value for key, value in e.manifest().items() if key not in ("conservation", "warnings")}
         return _Part(list(rows(e)), {}, manifest, e.warnings)
-
-
-def _is_about(error: UsageError, pictures: Sequence[str]) -> bool:
-    """True where a picture that is there is at fault; one that is not there was named wrongly."""
-    found = next((p for p in pictures if name_of(p) in str(error)), None)
-    return found is not None and (is_url(found) or Path(found).exists())
 
 
 def rows(e: Explanation) -> Iterator[dict[str, Any]]:

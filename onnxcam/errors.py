@@ -17,6 +17,10 @@ class UsageError(OnnxcamError):
     exit_code = 2
 
 
+class PictureError(UsageError):
+    """One picture cannot be read or turned into numbers; of several, the others may be fine."""
+
+
 class ModelError(OnnxcamError):
     """The model itself cannot be read or explained: a broken file, an operator that onnxcam does not know."""
 

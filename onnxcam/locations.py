@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -21,6 +22,20 @@ def name_of(path: str | os.PathLike[str]) -> str:
     """The last part of a path or URL."""
     text = os.fspath(path)
     return PurePosixPath(urlsplit(text).path).name if is_url(text) else os.path.basename(text)
+
+
+def distinct(paths: Sequence[str]) -> list[str]:
+    """The name of each path, with as many of the folders before it as make it differ from the others."""
+    unlike = list(dict.fromkeys(paths))
+    parts = {path: (urlsplit(path).path if is_url(path) else path).replace(os.sep, "/").split("/") for path in unlike}
+    depth = dict.fromkeys(unlike, 1)
+    while True:
+        names = {path: "/".join(parts[path][-depth[path] :]) for path in unlike}
+        count = Counter(names.values())
+        deeper = [path for path in unlike if count[names[path]] > 1 and depth[path] < len(parts[path])]
+        if not deeper:
+            return [names[path] for path in paths]
+        depth |= {path: depth[path] + 1 for path in deeper}
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

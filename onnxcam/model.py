@@ -74,6 +74,7 @@ class Model:
 
     Attributes:
         name: the file's name, or "model".
+        path: of the file; None where it came as bytes.
         sha256: of the file.
         inputs: what the inputs want, in the file's order.
         spec: that of the input that is explained first: the picture, where one is.
@@ -93,7 +94,8 @@ class Model:
     ):
         self.disk = disk_cache(cache)
         self._read: ReadModel = read(source)
-        self.name = self._read.path.name if self._read.path else "model"
+        self.path = self._read.path
+        self.name = self.path.name if self.path else "model"
         self.sha256 = self._read.sha256
         self.metadata = self._read.metadata
         self.inputs = read_inputs(self._read.proto.graph)

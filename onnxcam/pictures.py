@@ -18,8 +18,8 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from onnxcam.errors import UsageError
-from onnxcam.locations import is_url, reading
+from onnxcam.errors import OnnxcamError, PictureError, UsageError
+from onnxcam.locations import is_url, name_of, reading
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
@@ -30,12 +30,15 @@ VIEW_LIMIT = 1024
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in file `path`, or at a URL, decoded and turned upright as its EXIF orientation says.
 
-    Raises UsageError, in one line, where there is no such file, or it is a directory, empty, no picture, cut short, or
-    has more pixels than Pillow takes for safe (about 179 million).
+    Raises UsageError, in one line, where there is no such file, or it is a directory; PictureError where it is empty,
+    no picture, cut short, has more pixels than Pillow takes for safe (about 179 million), or its URL gives nothing.
     """
     if is_url(path):
-        with reading(str(path)) as stream:
-            return _decoded(str(path), stream)
+        try:
+            with reading(str(path)) as stream:
+                return _decoded(str(path), stream)
+        except UsageError as error:
+            raise PictureError(str(error)) from None
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a directory: name the pictures in it, as {path / '*.jpg'}")
@@ -45,7 +48,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 def _decoded(path: str, source: Path | IO[bytes]) -> Image.Image:
     try:
         if isinstance(source, Path) and source.stat().st_size == 0:
-            raise UsageError(f"{path} is empty (0 bytes)")
+            raise PictureError(f"{path} is empty (0 bytes)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large but below the limit: fine
             with Image.open(source) as image:
@@ -54,13 +57,19 @@ def _decoded(path: str, source: Path | IO[bytes]) -> Image.Image:
     except FileNotFoundError:
         raise UsageError(f"no such picture: {path}") from None
     except PermissionError:
-        raise UsageError(f"{path} may not be read: check its permissions") from None
+        raise PictureError(f"{path} may not be read: check its permissions") from None
     except UnidentifiedImageError:
-        raise UsageError(f"{path} is not a picture that Pillow can read") from None
+        raise PictureError(f"{path} is not a picture that Pillow can read") from None
     except Image.DecompressionBombError:
-        raise UsageError(f"{path} has too many pixels to be opened safely: scale it down first") from None
+        raise PictureError(f"{path} has too many pixels to be opened safely: scale it down first") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken data
-        raise UsageError(f"{path} is damaged and cannot be read: {error}") from None
+        raise PictureError(f"{path} is damaged and cannot be read: {error}") from None
+
+
+def why_left_out(path: str, error: OnnxcamError) -> str:
+    """What is said of a picture that is left out of several, with its name."""
+    text, name = str(error), name_of(path)
+    return text if name in text else f"{name}: {text}"
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -71,11 +80,11 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture upright in 8-bit RGB, whatever its mode: alpha is laid on white, 16 bits are scaled to 8.
 
-    Integer and float pictures are read by their largest value: up to 1 (floats only), 255 or 65535. Raises UsageError
+    Integer and float pictures are read by their largest value: up to 1 (floats only), 255 or 65535. Raises PictureError
     for a picture without pixels, with other values, or in a mode that Pillow cannot convert.
     """
     if 0 in image.size:
-        raise UsageError(f"the picture has no pixels: it is {image.width} x {image.height}")
+        raise PictureError(f"the picture has no pixels: it is {image.width} x {image.height}")
     image = upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bit(image)
@@ -86,14 +95,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError:
-        raise UsageError(f"a picture of mode {image.mode} cannot be turned into RGB: save it as RGB first") from None
+        raise PictureError(f"a picture of mode {image.mode} cannot be turned into RGB: save it as RGB first") from None
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or high > 65535:
-        raise UsageError(f"the picture's values run from {low:g} to {high:g}: scale them to 0..255 first")
+        raise PictureError(f"the picture's values run from {low:g} to {high:g}: scale them to 0..255 first")
     if image.mode.startswith("I;16") or high > 255:
         values = values / 257  # 65535 / 255
     elif image.mode == "F" and high <= 1:

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,15 +23,15 @@ from PIL import Image
 from scipy import stats
 
 import onnxcam
-from onnxcam.audit import audit, findings, matched
+from onnxcam.audit import audit, findings, matched, run
 from onnxcam.audit.drift import drift, parted_at
-from onnxcam.audit.verdict import junit, markdown, mcnemar
+from onnxcam.audit.verdict import junit, markdown, mcnemar, save
 from onnxcam.cli import main
 from onnxcam.engines.session import Settings
 from onnxcam.errors import UsageError
 from onnxcam.evaluation.examples import examples
 from onnxcam.metrics import agreement
-from onnxcam.render.audit_page import save_page
+from onnxcam.render.audit_page import _histogram, save_page
 from small_nets import resnet
 
 RNG = np.random.default_rng(0)
@@ -241,6 +242,187 @@ def test_an_interrupted_audit_goes_on_and_another_is_refused(place: Path, tmp_pa
         audit(a, b, known(place), ["A2"], tmp_path / "part")
 
 
+def test_pictures_may_be_added_and_keep_their_maps(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    pictures = known(place)
+    audit(a, b, pictures[2:4], ["A4"], tmp_path / "out")
+    drawn = {f.name: f.read_bytes() for f in (tmp_path / "out" / "maps").iterdir()}
+    found = audit(a, b, [pictures[0], pictures[0], *pictures[1:4]], ["A4"], tmp_path / "out")
+    rows = list(found.rows())
+    assert [(Path(row["image"]).name, row["number"]) for row in rows] == [
+        ("2.png", "0"), ("3.png", "1"), ("0.png", "2"), ("1.png", "3"),
+    ]  # fmt: skip
+    assert findings(found).predictions.pictures == 4
+    maps = {f.name: f.read_bytes() for f in (tmp_path / "out" / "maps").iterdir()}
+    assert len(maps) == 8 and all(maps[name] == content for name, content in drawn.items())
+    with pytest.raises(UsageError, match=r"holds values of other pictures, .*2.png for one"):
+        audit(a, b, pictures[:2], ["A4"], tmp_path / "out")
+
+
+def test_a_picture_is_done_again_where_something_else_is_known_of_it(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    audit(a, b, known(place), ["A4"], tmp_path / "out")
+    done: list[int] = []
+    again = audit(
+        a, b, known(place, labels="labels.csv", boxes="boxes.csv"), ["A4"], tmp_path / "out",
+        progress=lambda n, total: done.append(n),
+    )  # fmt: skip
+    fresh = audit(a, b, known(place, labels="labels.csv", boxes="boxes.csv"), ["A4"], tmp_path / "fresh")
+    assert done == [1, 2, 3, 4, 5, 6] and list(again.rows()) == list(fresh.rows())
+
+
+def external(place: Path, folder: Path, scale: float) -> onnxcam.Model:
+    """The network with its weights in a file beside, the last of them scaled: the .onnx is the same for any scale."""
+    folder.mkdir()
+    proto = onnx.load(place / "a.onnx")
+    last = next(t for t in reversed(proto.graph.initializer) if len(t.dims) > 1)
+    last.CopyFrom(numpy_helper.from_array(scale * numpy_helper.to_array(last), last.name))
+    onnx.save(proto, folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    return onnxcam.load(folder / "m.onnx", preprocess="unit")
+
+
+def test_other_weights_beside_the_file_and_another_output_are_another_run(place: Path, tmp_path: Path) -> None:
+    one, two = external(place, tmp_path / "1", 1.0), external(place, tmp_path / "2", 2.0)
+    assert one.sha256 == two.sha256
+    a = model(place, "a")
+    audit(a, one, known(place)[:2], ["A4"], tmp_path / "out", thumbs=0)
+    inner = onnxcam.load(place / "a.onnx", preprocess="unit", output=a.canonical().logits)
+    for first, second in ((a, two), (inner, one)):
+        if first is inner and inner.output == a.output:
+            continue
+        with pytest.raises(UsageError, match="another model or other settings"):
+            audit(first, second, known(place)[:2], ["A4"], tmp_path / "out", thumbs=0)
+
+
+def test_a_run_that_never_got_to_a_picture_leaves_nothing_in_the_way(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    with pytest.raises(UsageError, match=r"asked about class . of a.onnx for 0.png is class .* by --offset 9"):
+        audit(a, b, known(place)[:2], ["A4"], tmp_path / "out", offset=9)
+    assert len(list(audit(a, b, known(place)[:2], ["A4"], tmp_path / "out").rows())) == 2
+    (tmp_path / "out" / "settings.json").write_text("{")
+    with pytest.raises(UsageError, match=r"settings.json is of no run of onnxcam"):
+        audit(a, b, known(place)[:2], ["A4"], tmp_path / "out")
+
+
+def test_pictures_that_cannot_be_numbers_are_left_out_by_name(place: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.tif"
+    Image.fromarray(np.linspace(-300, 300, 1600, dtype=np.float32).reshape(40, 40)).save(odd)
+    a, b = model(place, "a"), model(place, "close")
+    found = audit(a, b, [*known(place)[:1], *examples([odd])], ["A4"], tmp_path / "out", thumbs=0)
+    assert found.skipped == {str(odd): "odd.tif: the picture's values run from -300 to 300: scale them to 0..255 first"}
+    f = findings(found)
+    assert "over 1 pictures, 1 more left out" in f.sentence and b"odd.tif" in junit(f)
+    with pytest.raises(UsageError, match="tables are UTF-8 and this name is not"):
+        examples([b"\xff.png".decode("utf-8", "surrogateescape")])
+
+
+# -- layers and inputs -------------------------------------------------------------------------------------------
+
+
+def of_size(place: Path, folder: Path, size: int | str, name: str) -> onnxcam.Model:
+    proto = onnx.load(place / "a.onnx")
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
+        if isinstance(size, int):
+            dim.dim_value = size
+        else:
+            dim.dim_param = size
+    del proto.graph.value_info[:]
+    onnx.save(proto, folder / f"{name}.onnx")
+    return onnxcam.load(folder / f"{name}.onnx", preprocess="unit")
+
+
+@pytest.mark.parametrize("size", [16, 20, 64])
+def test_layers_go_together_by_name_at_another_input_size(place: Path, tmp_path: Path, size: int) -> None:
+    small, large = of_size(place, tmp_path, size, "small"), of_size(place, tmp_path, 32, "large")
+    pairs = matched(large, small)
+    assert all(p.a.node == p.b.node and p.how == "name" for p in pairs.values())
+    assert len(pairs) == len(large.layers())
+
+
+def test_a_model_of_any_input_size_is_given_the_others(place: Path, tmp_path: Path) -> None:
+    fixed, free = of_size(place, tmp_path, 24, "fixed"), of_size(place, tmp_path, "side", "free")
+    assert free.size == (224, 224)
+    f = findings(audit(fixed, free, known(place)[:2], ["A4"], tmp_path / "1", thumbs=0))
+    assert f.score == pytest.approx(1) and free.size == (224, 224)
+    assert findings(audit(free, fixed, known(place)[:2], ["A4"], tmp_path / "2", thumbs=0)).score == pytest.approx(1)
+
+
+def test_the_layer_nearest_to_the_logits_is_judged_however_they_are_named(place: Path, tmp_path: Path) -> None:
+    found = audit(
+        model(place, "a"), model(place, "close"), known(place)[:1], ["A4", "R0", -1, "suggested"], tmp_path,
+        asked={"A2": "A2"}, thumbs=0,
+    )  # fmt: skip
+    names = [p.name for p in found.pairs]
+    assert names == ["C0", "A2", "A4"] and findings(found).judged == "A4"  # as the listing calls them
+
+
+def test_preprocessing_that_was_folded_into_the_network_is_no_other_input(place: Path, tmp_path: Path) -> None:
+    proto = onnx.load(place / "a.onnx")
+    first = next(n for n in proto.graph.node if n.op_type == "Conv").input[1]
+    (weight,) = [t for t in proto.graph.initializer if t.name == first]
+    weight.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(weight) / 255).astype(np.float32), first))
+    onnx.save(proto, tmp_path / "folded.onnx")
+    folded = onnxcam.load(tmp_path / "folded.onnx", preprocess="raw")
+    f = findings(audit(model(place, "a"), folded, known(place), ["A4"], tmp_path / "out", thumbs=0))
+    assert f.drift[0].likeness < 0.1 and min(d.likeness for d in f.drift[1:]) > 0.999
+    assert f.passed and f.parted is None
+
+
+def test_another_number_of_classes_is_said(place: Path, tmp_path: Path) -> None:
+    proto = onnx.load(place / "a.onnx")
+    logits = proto.graph.output[0].name
+    count = proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    proto.graph.initializer.append(numpy_helper.from_array(np.full((1, 1), -9, np.float32), "background"))
+    nodes = onnx.parser.parse_graph(
+        f"""g (float[N,{count}] {logits}, float[1,1] background) => (float[N,{count + 1}] wider)
+        {{ none = ReduceMean<axes=[1]>({logits}) low = Add(none, background) wider = Concat<axis=1>(low, {logits}) }}"""
+    )
+    proto.graph.node.extend(nodes.node)
+    del proto.graph.output[:]
+    proto.graph.output.extend(nodes.output)
+    onnx.save(proto, tmp_path / "wider.onnx")
+    wider = onnxcam.load(tmp_path / "wider.onnx", preprocess="unit")
+    a = model(place, "a")
+    found = audit(a, wider, known(place), ["A4"], tmp_path / "out", thumbs=0)
+    (warning,) = found.warnings
+    assert warning.startswith(f"a.onnx has {count} classes and wider.onnx {count + 1}: ") and "--offset" in warning
+    assert warning in markdown(findings(found))
+    right = audit(a, wider, known(place), ["A4"], tmp_path / "right", thumbs=0, offset=1)
+    f = findings(right)
+    assert not right.warnings and f.predictions.agree == 6 and f.score > 0.99
+
+
+def test_both_maps_of_a_pair_are_drawn_alike(place: Path, tmp_path: Path, monkeypatch) -> None:
+    drawn: list[tuple[str, str]] = []
+
+    def record(view, heat, kind):
+        drawn.append((kind, "signed" if heat.min() < -0.1 * np.abs(heat).max() else "positive"))
+        return b""
+
+    monkeypatch.setattr(run, "_drawn", record)
+    audit(model(place, "a"), model(place, "renamed"), known(place), ["A4"], tmp_path, method="contrast-map")
+    assert len(drawn) == 12
+    for (one, own), (other, others) in zip(drawn[::2], drawn[1::2], strict=True):
+        assert one == other == ("signed" if "signed" in (own, others) else "positive")
+
+
+def test_labels_of_pictures_of_one_name_go_by_their_folders(place: Path, tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(place / "pictures" / "0.png", tmp_path / folder / "a.png")
+    paths = [tmp_path / "x" / "a.png", tmp_path / "y" / "a.png"]
+    (tmp_path / "labels.csv").write_text("file,class\nx/a.png,1\ny/a.png,2\n")
+    assert [e.label for e in examples(paths, labels=tmp_path / "labels.csv")] == [1, 2]
+    (tmp_path / "labels.csv").write_text("file,class\na.png,1\na.png,2\n")
+    with pytest.raises(UsageError, match="the classes 1 and 2: one is wanted"):
+        examples(paths, labels=tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("file,class\nu/a.png,1\nv/a.png,2\n")
+    with pytest.raises(UsageError, match=r"u/a.png and v/a.png have its name"):
+        examples(paths, labels=tmp_path / "labels.csv")
+    found = audit(model(place, "a"), model(place, "close"), examples(paths), ["A4"], tmp_path / "out", thumbs=0)
+    assert "| x/a.png |" in markdown(findings(found)) and "| y/a.png |" in markdown(findings(found))
+
+
 def test_mcnemars_test_is_the_exact_one() -> None:
     assert mcnemar(0, 0) == 1
     for split in ((3, 11), (8, 8), (0, 6)):
@@ -276,6 +458,7 @@ def test_the_command_gates_a_release(place: Path, tmp_path: Path, capsys) -> Non
             "values.csv",
             "values.parquet",
             "settings.json",
+            "done.csv",
             "summary.md",
             "junit.xml",
             "manifest.json",
@@ -306,6 +489,10 @@ def _first_weight(place: Path) -> str:
         (["-l", "nowhere"], "no layer is called 'nowhere'"),
         (["-l", "A4=nowhere"], "no layer is called 'nowhere'"),
         (["--method", "channel-relevance", "-l", "A4"], "gives no map of two dimensions"),
+        (["-l", "A4=A2", "-l", "A4=A4"], "A4 is given twice, with A2 before"),
+        (["-l", "A4=A2", "-l", "r4=A4"], "layer 'r4' is asked for twice, with A2 and with A4"),
+        (["-l", "A*=A4"], "'A*' means 2 layers of a.onnx: a pair A=B is of one each"),
+        (["--offset", "9"], "close.onnx, asked about class"),
     ],
 )
 def test_what_means_nothing_is_refused_in_one_line(place: Path, tmp_path: Path, options, what, capsys) -> None:
@@ -327,9 +514,21 @@ def test_a_layer_of_one_may_be_named_for_a_layer_of_the_other(place: Path, tmp_p
     assert all(float(row["rank"]) < 1 for row in found.rows())
 
 
-def test_markdown_and_junit_survive_odd_names(place: Path, tmp_path: Path) -> None:
-    f = findings(audit(model(place, "a"), model(place, "close"), known(place)[:2], ["A4"], tmp_path, thumbs=0))
-    assert markdown(f).startswith("## ✅ a.onnx → close.onnx") and ElementTree.fromstring(junit(f)) is not None
+def test_what_is_written_survives_odd_names(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "v2").mkdir()
+    shutil.copy(place / "close.onnx", tmp_path / "v2" / "a.onnx")
+    odd = tmp_path / "NaN |x'<b>&.png"
+    shutil.copy(place / "pictures" / "0.png", odd)
+    second = onnxcam.load(tmp_path / "v2" / "a.onnx", preprocess="unit")
+    found = audit(model(place, "a"), second, [*known(place)[:1], *examples([odd])], ["A4"], tmp_path / "out", thumbs=0)
+    f = findings(found)
+    text = markdown(f)
+    assert text.startswith(f"## ✅ {place.name}/a.onnx → v2/a.onnx") and "| NaN \\|x'<b>&.png |" in text
+    assert ElementTree.fromstring(junit(f)) is not None
+    save(f, found.folder, found.settings)
+    manifest = json.loads((found.folder / "manifest.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["layers"][0]["means"]["energy_a"] is None and manifest["names"][1] == "v2/a.onnx"
+    assert manifest["run"]["models"] == [[m.content, m.output] for m in (model(place, "a"), second)]
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
@@ -339,7 +538,8 @@ def test_markdown_and_junit_survive_odd_names(place: Path, tmp_path: Path) -> No
 def page(place: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     a, b = model(place, "a"), model(place, "close")
-    found = audit(a, b, known(place, boxes="boxes.csv"), ["A2", "A4"], folder)
+    some = known(place, boxes="boxes.csv")
+    found = audit(a, b, [*some[:5], replace(some[5], boxes=())], ["A2", "A4"], folder)
     return save_page(findings(found), found)
 
 
@@ -362,6 +562,12 @@ def shown(page: Path, state: str) -> tuple[list[str], str]:
     return re.findall(r'title="(\d+\.png)"', body[0]), ran.stdout
 
 
+def test_a_bar_stands_where_its_value_is() -> None:
+    drawn = _histogram([-0.725])
+    (bar,) = re.findall(r'<rect x="([\d.]+)"[^>]*><title>(-?[\d.]+) to (-?[\d.]+): 1<', drawn)
+    assert float(bar[0]) == 20 and float(bar[1]) <= -0.724 < float(bar[2]) and ">-0.72<" in drawn
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_sorts_filters_and_reports_no_errors(page: Path) -> None:
     up, _ = shown(page, "sort=A+sure")
@@ -371,6 +577,8 @@ def test_the_page_sorts_filters_and_reports_no_errors(page: Path) -> None:
     assert by_name == sorted(by_name) and 'aria-sort="ascending"' in whole
     assert shown(page, "find=3.png")[0] == ["3.png"]
     assert shown(page, "changed=1")[0] == []
+    energies, _ = shown(page, "sort=energy+A&down=1")  # 5.png has no box in this set: last either way
+    assert energies[-1] == "5.png" == shown(page, "sort=energy+A")[0][-1]
     assert "<dialog" in whole and re.search(r"<dialog[^>]* open", shown(page, "compare=1")[1])
 
 

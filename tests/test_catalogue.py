@@ -127,9 +127,26 @@ def test_the_catalogue_that_ships_is_whole(capsys) -> None:
     assert "resnet18-v2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["x = 1", "[net]\nurl = 'a'", "not toml"])
-def test_what_is_no_catalogue_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "c.toml").write_text(text)
+def written(name: str = "net", **other: object) -> bytes:
+    row = {"url": "https://a.b/c.onnx", "sha256": SHA, "size": 9, "preprocess": "raw", "licence": "MIT"} | other
+    return (f'["{name}"]\n' + "".join(f"{key} = {value!r}\n" for key, value in row.items())).encode()
+
+
+def test_a_checksum_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(written(sha256=SHA.upper()))
+    assert catalogue(tmp_path / "c.toml")["net"].sha256 == SHA
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"x = 1", b"[net]\nurl = 'a'", b"not toml", b"\xff", written(url="m/a.onnx"), written(url="https://a b/c"),
+        written(url="file:///etc/passwd"), written(size="big"), written(size=0), written(sha256="12"), written("../e"),
+        written(licence=3),
+    ],
+)  # fmt: skip
+def test_what_is_no_catalogue_is_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "c.toml").write_bytes(text)
     with pytest.raises(UsageError, match="is no catalogue"):
         catalogue(tmp_path / "c.toml")
     with pytest.raises(UsageError, match="no such file"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import onnxcam
 from onnxcam.audit import audit, findings
 from onnxcam.cli import main
-from onnxcam.clusters import SIDE, cluster, clustered
+from onnxcam.clusters import SIDE, cluster, clustered, save as save_clusters
 from onnxcam.errors import UsageError
 from onnxcam.evaluation import examples
 from planted import MARK, export, pictures, save, trained
@@ -146,6 +147,44 @@ def test_the_command_writes_galleries_and_a_table(planted: Path, tmp_path: Path,
     for name in ("class-1.png", *(f"class-1-cluster-{k}.jpg" for k in range(len(about["clusters"])))):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 100
+
+
+def test_galleries_of_a_run_before_do_not_stay(planted: Path, tmp_path: Path) -> None:
+    model = onnxcam.load(planted / "half.onnx", preprocess="unit")
+    pictures = [str(p) for p in sorted((planted / "pictures").iterdir())[:20]]
+    maps = blobs([(3.0, 3.0), (10.0, 10.0)], 10, 0.6)
+    (tmp_path / "class-1-cluster-x.jpg").touch()  # of somebody else
+    save_clusters([clustered(1, "price $x_{$ 漢", pictures, maps, count=5)], model, tmp_path)
+    assert len(list(tmp_path.glob("class-1-cluster-?.jpg"))) == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_clusters([clustered(1, "price $x_{$ 漢", pictures, maps)], model, tmp_path)
+    assert len(list(tmp_path.glob("class-1-cluster-?.jpg"))) == 3
+    with pytest.raises(UsageError, match="20 clusters of 20 pictures of one: fewer are wanted"):
+        clustered(1, "one", pictures, maps, count=20)
+
+
+def test_maps_that_are_all_the_same_are_one_cluster(planted: Path, tmp_path: Path) -> None:
+    found = clustered(0, "x", [str(planted / "pictures" / "0.png")] * 20, np.zeros((20, 7, 7)))
+    assert found.count == 1 and found.apart == 0 == found.gap
+    first = sorted((planted / "pictures").iterdir())[0]
+    found = clustered(0, "x", [str(first)] * 12, blobs([(3.0, 3.0)], 1, 0.0).repeat(12, 0))
+    assert found.count == 1
+    save_clusters([found], onnxcam.load(planted / "half.onnx", preprocess="unit"), tmp_path)
+    assert (tmp_path / "class-0.png").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(planted: Path, tmp_path: Path) -> None:
+    model = onnxcam.load(planted / "half.onnx", preprocess="unit")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"x")
+    listed = [*examples([broken]), *examples(sorted((planted / "pictures").iterdir())[:30])]
+    said: dict[str, str] = {}
+    found = cluster(model, listed, left_out=said.__setitem__)
+    assert list(said) == [str(broken)] and "broken.png" in said[str(broken)]
+    assert 8 <= sum(len(c.pictures) for c in found) <= 30
+    with pytest.raises(UsageError, match=r"broken.png is not a picture"):
+        cluster(model, listed[:1])
 
 
 @pytest.mark.parametrize(

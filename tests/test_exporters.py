@@ -209,6 +209,25 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["torch", "json:dumps", "-o", "{0}/m.onnx"], "json:dumps() fails: TypeError: dumps() missing 1"),
+        (["torchvision", "resnet18", "-o", "{0}"], "is a folder: name the file to write"),
+        (["torchvision", "resnet18", "-o", "/dev/null/m.onnx"], "cannot write to folder /dev/null"),
+    ],
+)
+def test_what_cannot_be_made_or_written_is_said_before_anything_is_exported(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchvision")
+    from exporters.__main__ import main
+
+    assert main([part.format(tmp_path) for part in arguments]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
+
+
 def test_weights_that_cannot_be_downloaded_are_reported_with_a_way_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,8 +59,15 @@ def drift(first: Model, second: Model, pictures: Sequence[str], settings: Settin
 
 
 def parted_at(found: Sequence[Drift], by: float = PARTED) -> Drift | None:
-    """The first layer where the two are no longer alike; None where they stay so to the end."""
-    return next((d for d in found if d.likeness < 1 - by), None)
+    """The first layer where the two are no longer alike; None where they stay so to the end.
+
+    The input counts where the layer behind it is unlike as well: preprocessing may have been folded into the network.
+    """
+    unlike = [d.likeness < 1 - by for d in found]
+    for k, d in enumerate(found):
+        if unlike[k] and (d.layer != INPUT or any(unlike[k + 1 : k + 2])):
+            return d
+    return None
 
 
 class _Taps:

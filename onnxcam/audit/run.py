@@ -6,6 +6,7 @@ pictures may be shared out to actors of Ray.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,18 @@ import numpy as np
 from onnxcam.audit.drift import Drift, drift
 from onnxcam.audit.matching import Pair, chosen
 from onnxcam.engines.session import Settings
-from onnxcam.errors import NotFiniteError, UsageError
-from onnxcam.evaluation.examples import Example, check_target
+from onnxcam.errors import NotFiniteError, PictureError, UsageError
+from onnxcam.evaluation.examples import Example, checked
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.journal import VALUES, Journal, rows_of, to_parquet
-from onnxcam.locations import is_url
 from onnxcam.methods import Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.metrics import agreement, localisation
 from onnxcam.model import Model
-from onnxcam.pictures import open_image
+from onnxcam.pictures import open_image, why_left_out
 from onnxcam.pool import Pool, shared_out
+from onnxcam.render.colour import Kind, normalise
 
 MEASURED = ("rank", "ssim", "iou", "shift", "energy_a", "energy_b")
 COLUMNS = (
@@ -49,6 +50,8 @@ class Audit:
         drift: how like the activations of the two are, layer by layer, the input first.
         pictures: how many there are.
         skipped: those that were left out, and why.
+        settings: what was asked for.
+        warnings: what makes the comparison doubtful.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class Audit:
     pictures: int
     skipped: dict[str, str]
     settings: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[dict[str, str]]:
         """All rows, one at a time."""
@@ -95,7 +99,7 @@ def audit(
         examples: pictures with what is known of them.
         layers: of the first model; `asked` says by name which of the second goes with one of the first, where that
             should not be found by name, order or depth.
-        out: the folder; one that holds part of the same run is gone on with.
+        out: the folder; one that holds part of the same run is gone on with, also where there are more pictures now.
         method, options, how: as for `explain`, the same for both.
         target: the class that both explain: what the first predicts ("predicted"), or the "label".
         offset: class c of the first is class c + offset of the second.
@@ -107,16 +111,17 @@ def audit(
         UsageError: something means nothing, or the folder holds another run.
         ModelError: as `explain`.
     """
-    check_target(target, examples)
+    examples = checked(examples, target)
     if first.spec.layout is None or second.spec.layout is None:
         which = first if first.spec.layout is None else second
         raise UsageError(f"{which.name}: {which.spec.why_no_image}; an audit compares models of pictures")
+    first, second = at_one_size(first, second)
     pairs = chosen(first, second, layers, asked)
     if not pairs:
         raise UsageError("there is no layer to compare")
     explained = find_method(method)
     settings = {
-        "models": [first.sha256, second.sha256],
+        "models": [[model.content, model.output] for model in (first, second)],
         "preprocess": [first.preprocess.to_json(), second.preprocess.to_json()],
         "layers": [[p.name, p.a.tensor, p.b.tensor] for p in pairs],
         "method": [explained.name, dict(options or {})],
@@ -125,7 +130,8 @@ def audit(
         "thumbs": thumbs,
         "how": {key: str(value) for key, value in sorted(how.items())},
     }
-    journal = Journal(out, COLUMNS, settings)
+    journal = Journal(out, COLUMNS, settings, {e.path: e.known for e in examples})
+    begin = 1 + max((int(row["number"]) for row in rows_of(journal.folder)), default=-1)
     if thumbs is None or thumbs > 0:
         writable_folder(journal.folder / THUMBS)
     who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
@@ -133,7 +139,7 @@ def audit(
         first, second, pairs, explained, dict(options or {}), target, offset, thumbs, len(examples) > 1,
         dict(how, threads=threads),
     )  # fmt: skip
-    left = [(i, example) for i, example in enumerate(examples) if example.path not in journal.done]
+    left = list(enumerate((e for e in examples if e.path not in journal.done), begin))
     skipped: dict[str, str] = {}
     count = len(examples) - len(left)
     if progress is not None and count:
@@ -144,7 +150,7 @@ def audit(
                 _save(journal.folder / THUMBS / f"{number:06d}-{side}.jpg", content)
             if part.why:
                 skipped[example.path] = part.why
-            values.add(part.rows)
+            values.add(example.path, part.rows)
             count += 1
             if progress is not None:
                 progress(count, len(examples))
@@ -153,7 +159,46 @@ def audit(
         raise UsageError(next(iter(skipped.values()), "there is no picture to compare on"))
     parted = drift(first, second, readable, Settings.of(how.get("providers", "cpu"), threads))
     pictures = len({e.path for e in examples} - set(skipped))
-    return Audit(journal.folder, (first.name, second.name), pairs, parted, pictures, skipped, settings)
+    return Audit(
+        journal.folder, told_apart(first, second), pairs, parted, pictures, skipped, settings,
+        tuple(_doubts(first, second, offset)),
+    )  # fmt: skip
+
+
+def at_one_size(first: Model, second: Model) -> tuple[Model, Model]:
+    """The two, one that takes inputs of any size made to take those of the other's, unless it says what it wants."""
+    for one, other in ((first, second), (second, first)):
+        fixed = one.spec.height and one.spec.width
+        if fixed and not (other.spec.height or other.spec.width or other.preprocess.size) and one.size != other.size:
+            resized = copy.copy(other)
+            resized.preprocess = other.preprocess.override(size=one.size)
+            return (one, resized) if one is first else (resized, one)
+    return first, second
+
+
+def told_apart(first: Model, second: Model) -> tuple[str, str]:
+    """The names of the two, with as much of the folders before as makes them differ."""
+    from onnxcam.locations import distinct
+
+    a, b = distinct([str(model.path or model.name) for model in (first, second)])
+    return a, b
+
+
+def _doubts(first: Model, second: Model, offset: int) -> Iterator[str]:
+    counts = [_classes(model) for model in (first, second)]
+    if None not in counts and counts[0] != counts[1] and not offset:
+        yield (
+            f"{first.name} has {counts[0]} classes and {second.name} {counts[1]}: if class c of the one is class c + N "
+            "of the other, give --offset N"
+        )
+
+
+def _classes(model: Model) -> int | None:
+    """How many classes a model tells apart, where its graph says so."""
+    found = model.canonical()
+    shape = found.graph.shape(found.logits) or (None,)
+    count = shape[1] if len(shape) > 1 else shape[0]
+    return (2 if count == 1 else count) if isinstance(count, int) else None
 
 
 def _save(path: Path, content: bytes) -> None:
@@ -187,16 +232,10 @@ class _Auditing:
             number, example = item
             try:
                 return self._part(number, example)
-            except NotFiniteError as error:
+            except (PictureError, NotFiniteError) as error:
                 if not self.lenient:
                     raise
-                return _Part([], (), f"{example.name}: {error}")
-            except UsageError as error:
-                # A picture that is there and cannot be read is left out; one that is not there was named wrongly.
-                there = is_url(example.path) or Path(example.path).exists()
-                if not self.lenient or example.name not in str(error) or not there:
-                    raise
-                return _Part([], (), str(error))
+                return _Part([], (), why_left_out(example.path, error))
 
         return audited
 
@@ -205,7 +244,14 @@ class _Auditing:
         wanted = "predicted" if self.target == "predicted" else int(example.label or 0)
         a = self.first.explain(example.path, [p.a for p in self.pairs], [wanted], **same)
         explained = int(a.targets[0, 0])
-        b = self.second.explain(example.path, [p.b for p in self.pairs], [explained + self.offset], **same)
+        try:
+            b = self.second.explain(example.path, [p.b for p in self.pairs], [explained + self.offset], **same)
+        except PictureError:
+            raise
+        except UsageError as error:
+            what = f"class {explained} of {self.first.name} for {example.name}"
+            also = f" is class {explained + self.offset} by --offset {self.offset}" if self.offset else ""
+            raise UsageError(f"{self.second.name}, asked about {what}{also}: {error}") from None
         image = open_image(example.path)
         seen = [m.preprocess.apply(image, m.spec) for m in (self.first, self.second)]
         size = self.first.size
@@ -236,7 +282,8 @@ class _Auditing:
             )  # fmt: skip
         drawn: tuple[bytes, ...] = ()
         if self.thumbs is None or number < self.thumbs:
-            drawn = tuple(_drawn(seen[0].view, m) for m in maps[-1])
+            kind: Kind = "signed" if any(normalise(m).kind == "signed" for m in maps[-1]) else "positive"
+            drawn = tuple(_drawn(seen[0].view, m, kind) for m in maps[-1])
         return _Part(rows, drawn)
 
 
@@ -252,12 +299,12 @@ def _predicted(e: Explanation) -> int:
     return int(row.argmax()) if len(row) > 1 else int(row[0] > 0)
 
 
-def _drawn(view: Any, heat: np.ndarray) -> bytes:
-    """The map over what the first model saw, as a JPEG."""
+def _drawn(view: Any, heat: np.ndarray, kind: Kind) -> bytes:
+    """The map over what the first model saw, as a JPEG; both maps of a pair are of one kind, to be compared."""
     import io
 
     from onnxcam.render.overlay import blend
 
     stream = io.BytesIO()
-    blend(view, heat, size=SIDE).save(stream, "JPEG", quality=82)
+    blend(view, heat, kind=kind, size=SIDE).save(stream, "JPEG", quality=82)
     return stream.getvalue()

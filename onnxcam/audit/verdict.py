@@ -18,6 +18,7 @@ from onnxcam.errors import UsageError
 from onnxcam.evaluation.summary import interval
 from onnxcam.files import write_atomically
 from onnxcam.labels import Labels
+from onnxcam.locations import distinct
 
 FAIL_UNDER = 0.85  # copies that are as good agree better, broken ones worse: docs/audits-measured.md
 WORST = 20
@@ -86,6 +87,7 @@ class Findings:
     drift: list[Drift]
     parted: Drift | None
     skipped: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def score(self) -> float:
@@ -110,6 +112,8 @@ class Findings:
         """The verdict in one line."""
         p = self.predictions
         same = f"mean rank correlation {self.score:.3f} at {self.judged} over {p.pictures} pictures"
+        if self.skipped:
+            same += f", {len(self.skipped)} more left out"
         agree = f"predictions agree on {p.agree / max(p.pictures, 1):.1%}"
         where = ""
         if self.parted is not None:
@@ -154,6 +158,7 @@ def findings(audit: Audit, fail_under: float = FAIL_UNDER, labels: Labels | None
     return Findings(
         audit.names, layers, judged, fail_under, _predictions(rows), _classes(rows, labels),
         sorted(rows, key=lambda row: float(row["rank"])), audit.drift, parted_at(audit.drift), audit.skipped,
+        audit.warnings,
     )  # fmt: skip
 
 
@@ -205,13 +210,15 @@ def markdown(f: Findings) -> str:
     """A summary for a job page or a pull request."""
     p = f.predictions
     out = [f"## {'✅' if f.passed else '❌'} {f.names[0]} → {f.names[1]}", "", f"**{f.sentence}**", ""]
+    out += [line for warning in f.warnings for line in (f"⚠ {warning}", "")]
     out += ["| layer | in the other | rank correlation | 5 % | median | SSIM | IoU of the top fifth | shift |"]
     out += ["| --- " * 8 + "|"]
     for layer in f.layers:
         m = layer.means
         numbers = (*layer.quantiles[:3:2], m["ssim"], m["iou"], m["shift"])
         out.append(
-            f"| {layer.layer} | {layer.other} ({layer.how}) | {m['rank']:.3f} [{layer.low:.3f}, {layer.high:.3f}] | "
+            f"| {_cell(layer.layer)} | {_cell(layer.other)} ({layer.how}) "
+            f"| {m['rank']:.3f} [{layer.low:.3f}, {layer.high:.3f}] | "
             + " | ".join(f"{value:.3f}" for value in numbers)
             + " |"
         )
@@ -231,13 +238,20 @@ def markdown(f: Findings) -> str:
         parted = "nowhere less" if f.parted is None else f"first below 0.9 at {f.parted.layer}"
         out += ["", f"Activations are alike to {least.likeness:.3f} at the least, at {least.layer}; {parted}."]
     out += ["", "| worst pictures | rank | first says | second says |", "| --- | --- | --- | --- |"]
+    worst = f.worst[:WORST]
+    names = dict(zip((row["image"] for row in f.worst), distinct([row["image"] for row in f.worst]), strict=True))
     out += [
-        f"| {Path(row['image']).name} | {float(row['rank']):.3f} | {row['class_a']} | {row['class_b']} |"
-        for row in f.worst[:WORST]
+        f"| {_cell(names[row['image']])} | {float(row['rank']):.3f} | {row['class_a']} | {row['class_b']} |"
+        for row in worst
     ]
     if f.skipped:
         out += ["", f"{len(f.skipped)} pictures could not be read and are left out."]
     return "\n".join(out) + "\n"
+
+
+def _cell(text: str) -> str:
+    """As it may stand in a table of Markdown."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def junit(f: Findings) -> bytes:
@@ -250,6 +264,8 @@ def junit(f: Findings) -> bytes:
             ElementTree.SubElement(case, "failure", message=f.sentence).text = markdown(f)
         else:
             ElementTree.SubElement(case, "system-out").text = f"mean rank correlation {layer.means['rank']:.4f}"
+    for warning in (*f.warnings, *(f"{path} is left out: {why}" for path, why in f.skipped.items())):
+        ElementTree.SubElement(suite, "system-err").text = warning
     whole: bytes = ElementTree.tostring(suite, "utf-8", xml_declaration=True)
     return whole + b"\n"
 
@@ -258,23 +274,33 @@ def to_json(f: Findings) -> dict[str, Any]:
     """Everything but the pictures, ready for JSON."""
     p = f.predictions
     return {
-        "models": list(f.names),
+        "names": list(f.names),
         "verdict": f.verdict,
         "sentence": f.sentence,
         "judged": f.judged,
         "fail_under": f.fail_under,
         "layers": [vars(layer) for layer in f.layers],
-        "predictions": {key: (None if value != value else value) for key, value in vars(p).items()},
+        "predictions": vars(p),
         "classes": [vars(c) for c in f.classes],
         "drift": [vars(d) for d in f.drift],
         "parted": None if f.parted is None else f.parted.layer,
         "skipped": dict(f.skipped),
+        "warnings": list(f.warnings),
     }
 
 
-def save(f: Findings, folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
-    """Write `summary.md`, `junit.xml` and `manifest.json`."""
-    text = json.dumps({**manifest, **to_json(f)}, indent=2, ensure_ascii=False, default=str).replace("NaN", "null")
+def _plain(value: Any) -> Any:
+    """Without what JSON has no word for: a number that is none becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def save(f: Findings, folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+    """Write `summary.md`, `junit.xml` and `manifest.json`: what was found, and under "run" what was asked for."""
+    text = json.dumps(_plain({**to_json(f), "run": settings}), indent=2, ensure_ascii=False, default=str)
     contents = {"summary.md": markdown(f).encode(), "junit.xml": junit(f), "manifest.json": (text + "\n").encode()}
     return [
         write_atomically(folder / name, lambda s, content=content: s.write(content))  # type: ignore[misc]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from onnxcam.cli.explain import Bar, add_pool, add_running, find_pictures
-from onnxcam.cli.options import add_layers, add_options, add_truth, options_of, read_examples
+from onnxcam.cli.options import add_layers, add_options, add_truth, options_of, parse_size, read_examples
 from onnxcam.composites import COMPOSITES
 from onnxcam.errors import UsageError
 from onnxcam.methods import METHODS
@@ -48,8 +48,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     pre.add_argument("--preprocess", metavar="P", help=f"of both, or of A: {', '.join(PRESETS)}")
     pre.add_argument("--preprocess-b", metavar="P", help="of B, where it is another")
     pre.add_argument("--resize", metavar="HOW", help="warp, crop, pad or exact, for both")
+    pre.add_argument(
+        "--size", metavar="N|HxW", type=parse_size,
+        help="input size, where files leave it open (default: that of the other file, where only one does)",
+    )  # fmt: skip
     pre.add_argument("--class-names", metavar="FILE", help="names of the classes: text, JSON or CSV")
-    add_running(p)
+    add_running(p, batches=False)
     add_pool(p)
     p.set_defaults(run=run_audit)
 
@@ -85,6 +89,8 @@ def run_audit(arguments: argparse.Namespace) -> int:
         from onnxcam.render.audit_page import save_page
 
         written.append(save_page(result, found, first.labels).name)
+    for warning in found.warnings:
+        print(f"onnxcam: warning: {warning}", file=sys.stderr)
     for path, why in found.skipped.items():
         print(f"onnxcam: warning: {path} is left out: {why}", file=sys.stderr)
     say(markdown(result).strip())
@@ -95,13 +101,16 @@ def run_audit(arguments: argparse.Namespace) -> int:
 def _layers(typed: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Pairs that are written A=B, and layers of the first model.
 
-    A name may hold an equals sign of its own; then it is taken for one.
+    Raises:
+        UsageError: one of the first model's is given twice.
     """
     asked: dict[str, str] = {}
     layers = []
     for text in typed:
         a, equals, b = text.partition("=")
         if equals and a and b:
+            if a in asked:
+                raise UsageError(f"--layer {text}: {a} is given twice, with {asked[a]} before")
             asked[a] = b
         else:
             layers.append(text)
@@ -110,6 +119,5 @@ def _layers(typed: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def _model(arguments: argparse.Namespace, path: str, preprocess: str | None, output: str | None) -> Model:
     model = load(path, preprocess, arguments.class_names, output, arguments.cache)
-    if arguments.resize:
-        model.preprocess = model.preprocess.override(resize=arguments.resize)
+    model.preprocess = model.preprocess.override(resize=arguments.resize, size=arguments.size)
     return model

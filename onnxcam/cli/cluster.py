@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from onnxcam.cli.explain import Bar, add_pool, add_running, find_pictures
 from onnxcam.cli.options import add_model, add_options, add_preprocess, add_truth, load_model, options_of, read_examples
@@ -32,7 +33,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add_truth(p, located=False)
     add_options(p)
     add_preprocess(p, names="--class-names")
-    add_running(p)
+    add_running(p, batches=False)
     add_pool(p)
     p.set_defaults(run=run_cluster)
 
@@ -44,15 +45,19 @@ def run_cluster(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out)
     listed = read_examples(arguments, find_pictures(arguments.images))
     model = load_model(arguments)
+    skipped: dict[str, str] = {}
     with Bar(len(listed), "explaining") as bar:
         found = cluster(
             model, listed, arguments.layer, classes=arguments.classes, count=arguments.clusters,
             method=arguments.method, options=options_of(arguments), target=arguments.target, progress=bar.update,
+            left_out=skipped.__setitem__,
             threads=arguments.threads, engine_pool=arguments.engine_pool, workers=arguments.workers,
             composite=arguments.composite, start=arguments.start, engine=arguments.engine,
             providers=arguments.providers or "cpu", dtype=arguments.dtype,
         )  # fmt: skip
     written = save(found, model, arguments.out)
+    for path, why in skipped.items():
+        print(f"onnxcam: warning: {path} is left out: {why}", file=sys.stderr)
     print_table(
         ("class", "pictures", "clusters", "of sizes", "gap", "silhouette"),
         [

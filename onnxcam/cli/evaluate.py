@@ -57,7 +57,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("--no-floors", action="store_true", help="leave out the maps that know nothing of the model")
     add_options(p, "METHOD.NAME=VALUE")
     add_preprocess(p, names="--class-names")
-    add_running(p)
+    add_running(p, batches=False)
     add_pool(p)
     p.set_defaults(run=run_evaluate)
 

@@ -82,8 +82,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.set_defaults(run=run_explain)
 
 
-def add_running(p: argparse.ArgumentParser) -> None:
-    """Options on who computes, and where."""
+def add_running(p: argparse.ArgumentParser, batches: bool = True) -> None:
+    """Options on who computes, and where; with `batches`, how many pictures at a time."""
     run = p.add_argument_group("running")
     run.add_argument(
         "--engine", choices=("onnx", "numpy", "cupy"),
@@ -102,9 +102,10 @@ def add_running(p: argparse.ArgumentParser) -> None:
         help="keep recorded explanations there for the next time (default: what ONNXCAM_CACHE says, else nowhere)",
     )  # fmt: skip
     run.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="float64 is slow, for checks")
-    run.add_argument(
-        "--batch-size", metavar="N", type=_number_of("pictures"), default=8, help="pictures at a time (default: 8)"
-    )
+    if batches:
+        run.add_argument(
+            "--batch-size", metavar="N", type=_number_of("pictures"), default=8, help="pictures at a time (default: 8)"
+        )
 
 
 def add_pool(p: argparse.ArgumentParser) -> None:

@@ -166,7 +166,7 @@ def add_preprocess(parser: argparse.ArgumentParser, names: str = "--labels") -> 
     group.add_argument("--mean", metavar="M[,M,M]", type=_numbers, help="mean, in units of pixel * scale")
     group.add_argument("--std", metavar="S[,S,S]", type=_numbers, help="standard deviation, likewise")
     group.add_argument("--scale", metavar="X", type=_scale, help="what pixels 0..255 are multiplied with, 1/255 say")
-    group.add_argument("--size", metavar="N|HxW", type=_size, help="input size, where the file leaves it open")
+    group.add_argument("--size", metavar="N|HxW", type=parse_size, help="input size, where the file leaves it open")
     group.add_argument("--resize", metavar="HOW", help="warp, crop, pad or exact")
     group.add_argument("--channel-order", metavar="ORDER", help="rgb, bgr or gray")
     group.add_argument(names, metavar="FILE", dest="labels", help="class names: text, JSON or CSV")
@@ -257,7 +257,7 @@ def _number(text: str) -> float:
     return float(top) / float(bottom) if bottom else float(top)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if not all(p.isdigit() and int(p) > 0 for p in parts) or len(parts) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224 or 224x320 (height x width)")

@@ -2,7 +2,8 @@
 
 Boxes come as a CSV (file, x0, y0, x1, y1, in pixels of the upright picture; a class column is ignored), a COCO JSON or
 a folder of Pascal VOC XML files; masks as a folder of pictures of the same stems, white where the object is; classes as
-a CSV (file, class). Everything that is read is matched by the file's name.
+a CSV (file, class). Everything that is read is matched by the file's name, and by the folders before it where two files
+have one name.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import csv
 import json
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from onnxcam.errors import UsageError
-from onnxcam.locations import name_of
+from onnxcam.locations import is_url, name_of
 from onnxcam.pictures import open_image, to_rgb
 
 Box = tuple[float, float, float, float]  # x, y, width, height
@@ -37,6 +39,14 @@ class Example:
     @property
     def name(self) -> str:
         return name_of(self.path)
+
+    @property
+    def known(self) -> str:
+        """All that is known of it, and its size in bytes: what a value depends on beside the run."""
+        size = "" if is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_size
+        return json.dumps(
+            [size, self.label, [list(b) for b in self.boxes], None if self.mask is None else str(self.mask)]
+        )
 
     @property
     def located(self) -> bool:
@@ -90,14 +100,19 @@ def examples(
     Raises:
         UsageError: a file is missing or says nothing of any of the pictures, or more than one says where objects are.
     """
-    paths = [str(p) for p in pictures]
+    paths = list(dict.fromkeys(str(p) for p in pictures))
     if not paths:
         raise UsageError("there is no picture to evaluate on")
+    for path in paths:
+        try:
+            path.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(f"{path!r}: tables are UTF-8 and this name is not: rename the file") from None
     given = [name for name, value in (("boxes", boxes), ("masks", masks), ("coco", coco), ("voc", voc)) if value]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} both say where the objects are: give one")
-    classes = {} if labels is None else {f: c + offset for f, c in _classes(Path(labels)).items()}
-    found: Mapping[str, Sequence[Box]] = {}
+    classes = _Named[int]() if labels is None else _classes(Path(labels))
+    found = _Named[Box]()
     if boxes is not None:
         found = _csv_boxes(Path(boxes))
     elif coco is not None:
@@ -105,10 +120,15 @@ def examples(
     elif voc is not None:
         found = _voc_boxes(Path(voc), [name_of(p) for p in paths])
     drawn = {} if masks is None else _masks(Path(masks))
-    out = [
-        Example(p, classes.get(name_of(p)), tuple(found.get(name_of(p), ())), drawn.get(Path(name_of(p)).stem))
-        for p in paths
-    ]
+    out = []
+    for p in paths:
+        numbers = set(classes.of(p))
+        if len(numbers) > 1:
+            raise UsageError(
+                f"{labels} gives {p} the classes {' and '.join(str(n) for n in sorted(numbers))}: one is wanted"
+            )
+        label = next(iter(numbers)) + offset if numbers else None
+        out.append(Example(p, label, tuple(found.of(p)), drawn.get(Path(name_of(p)).stem)))
     if labels is not None and all(e.label is None for e in out):
         raise UsageError(f"{labels} names none of the pictures: its first column is the file's name")
     if given and not any(e.located for e in out):
@@ -117,11 +137,42 @@ def examples(
     return out
 
 
+Value = TypeVar("Value")
+
+
+class _Named(Generic[Value]):
+    """What a file says of pictures, by the names it has for them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, list[Value]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, file: str, *values: Value) -> None:
+        self.values[PurePath(file).name][file].extend(values)
+
+    def of(self, path: str) -> list[Value]:
+        """What is said of a picture: by its name, or where that is the name of several, by the folders before it.
+
+        Raises:
+            UsageError: several may be meant.
+        """
+        files = self.values.get(name_of(path), {})
+        if len(files) > 1:
+            parts = PurePath(path).parts
+            ends = {file: PurePath(file).parts for file in files}
+            files = {file: files[file] for file, end in ends.items() if parts[-len(end) :] == end}
+            longest = max((len(ends[file]) for file in files), default=0)
+            files = {file: values for file, values in files.items() if len(ends[file]) == longest}
+            if len(files) != 1:
+                some = " and ".join(list(ends)[:2])
+                raise UsageError(f"{path}: {some} have its name, and which is meant cannot be told from the folders")
+        return next(iter(files.values()), [])
+
+
 TARGETS = ("predicted", "label")
 
 
-def check_target(target: str, listed: Sequence[Example]) -> None:
-    """See that the class to be explained is known: what is predicted, or the label of every picture.
+def checked(listed: Sequence[Example], target: str) -> list[Example]:
+    """Every picture once, and the class to be explained known: what is predicted, or the label of each.
 
     Raises:
         UsageError: it is not.
@@ -131,6 +182,7 @@ def check_target(target: str, listed: Sequence[Example]) -> None:
     if target == "label" and any(e.label is None for e in listed):
         missing = next(e for e in listed if e.label is None)
         raise UsageError(f"the class of {missing.name} is not known: give --labels, or explain what is predicted")
+    return list({e.path: e for e in listed}.values())
 
 
 def _text(path: Path) -> str:
@@ -158,54 +210,53 @@ def _table(path: Path, *needed: tuple[str, ...]) -> list[list[str]]:
 FILE = ("file", "image", "filename", "name")
 
 
-def _classes(path: Path) -> dict[str, int]:
+def _classes(path: Path) -> _Named[int]:
+    found = _Named[int]()
     try:
-        found = _table(path, FILE, ("class", "class_index", "label"))
-        return {Path(file).name: int(number) for file, number in found}
+        for file, number in _table(path, FILE, ("class", "class_index", "label")):
+            found.add(file, int(number))
     except ValueError as error:
         raise UsageError(f"{path}: classes are whole numbers: {error}") from None
+    return found
 
 
-def _csv_boxes(path: Path) -> dict[str, list[Box]]:
-    found: dict[str, list[Box]] = defaultdict(list)
+def _csv_boxes(path: Path) -> _Named[Box]:
+    found = _Named[Box]()
     corners = (("x0", "xmin", "left"), ("y0", "ymin", "top"), ("x1", "xmax", "right"), ("y1", "ymax", "bottom"))
     for file, *numbers in _table(path, FILE, *corners):
         try:
             x0, y0, x1, y1 = (float(v) for v in numbers)
         except ValueError:
             raise UsageError(f"{path}: {', '.join(numbers)} is no box of {file}") from None
-        found[Path(file).name].append((x0, y0, x1 - x0, y1 - y0))
+        found.add(file, (x0, y0, x1 - x0, y1 - y0))
     return found
 
 
-def _coco_boxes(path: Path) -> dict[str, list[Box]]:
+def _coco_boxes(path: Path) -> _Named[Box]:
+    found = _Named[Box]()
     try:
         data = json.loads(_text(path))
-        names = {image["id"]: Path(image["file_name"]).name for image in data["images"]}
-        found: dict[str, list[Box]] = defaultdict(list)
+        names = {image["id"]: image["file_name"] for image in data["images"]}
         for a in data["annotations"]:
             x, y, width, height = a["bbox"]
-            found[names[a["image_id"]]].append((float(x), float(y), float(width), float(height)))
+            found.add(names[a["image_id"]], (float(x), float(y), float(width), float(height)))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is no COCO file of boxes: {type(error).__name__}: {error}") from None
     return found
 
 
-def _voc_boxes(folder: Path, pictures: Sequence[str]) -> dict[str, list[Box]]:
+def _voc_boxes(folder: Path, pictures: Sequence[str]) -> _Named[Box]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder of Pascal VOC files")
-    found: dict[str, list[Box]] = {}
-    for picture in pictures:
+    found = _Named[Box]()
+    for picture in dict.fromkeys(pictures):
         file = folder / f"{Path(picture).stem}.xml"
         if not file.exists():
             continue
         try:
-            root = ElementTree.fromstring(_text(file))
-            found[picture] = [
-                (x0, y0, x1 - x0, y1 - y0)
-                for box in root.iter("bndbox")
-                for x0, y0, x1, y1 in [[float(box.findtext(k) or "") for k in ("xmin", "ymin", "xmax", "ymax")]]
-            ]
+            for box in ElementTree.fromstring(_text(file)).iter("bndbox"):
+                x0, y0, x1, y1 = (float(box.findtext(k) or "") for k in ("xmin", "ymin", "xmax", "ymax"))
+                found.add(picture, (x0, y0, x1 - x0, y1 - y0))
         except (ElementTree.ParseError, ValueError) as error:
             raise UsageError(f"{file} is no Pascal VOC file: {error}") from None
     return found

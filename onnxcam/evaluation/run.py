@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 
 from onnxcam.engines.session import RuntimeSession, Settings
-from onnxcam.errors import ModelError, NotFiniteError, UsageError
-from onnxcam.evaluation.examples import Example, check_target
+from onnxcam.errors import ModelError, NotFiniteError, PictureError, UsageError
+from onnxcam.evaluation.examples import Example, checked
 from onnxcam.evaluation.measures import DEFAULT, MEASURES, Case, Measure
 from onnxcam.explanation import Explanation
 from onnxcam.journal import VALUES, Journal, rows_of, to_parquet
-from onnxcam.locations import is_url
 from onnxcam.means import of_class, probabilities
 from onnxcam.methods import INPUT, Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.model import Model
 from onnxcam.named import named
-from onnxcam.pictures import open_image
+from onnxcam.pictures import open_image, why_left_out
 from onnxcam.pool import Pool, shared_out
 from onnxcam.runners import as_rows
 from onnxcam.taps import expose
@@ -99,7 +98,7 @@ def evaluate(
         UsageError: something means nothing, or the folder holds another run.
         ModelError: as `explain`.
     """
-    check_target(target, examples)
+    examples = checked(examples, target)
     chosen = [find_method(m) for m in methods]
     measures = [named("metric", name, MEASURES) for name in metrics]
     known = {"boxes": any(e.boxes for e in examples), "truth": any(e.located for e in examples)}
@@ -110,7 +109,7 @@ def evaluate(
         )
     names = list(model.resolve(list(layers)))
     settings = {
-        "model": model.sha256,
+        "model": [model.content, model.output],
         "preprocess": model.preprocess.to_json(),
         "methods": [[m.name, dict((options or {}).get(m.name, {}))] for m in chosen],
         "layers": names,
@@ -119,7 +118,7 @@ def evaluate(
         "target": target,
         "how": {key: str(value) for key, value in sorted(how.items())},
     }
-    journal = Journal(out, COLUMNS, settings)
+    journal = Journal(out, COLUMNS, settings, {e.path: e.known for e in examples})
     skipped: dict[str, str] = {}
     who, threads = shared_out(engine_pool, workers, how.get("providers", "cpu"), threads)
     work = _Measuring(
@@ -134,7 +133,7 @@ def evaluate(
         for example, (rows, why) in zip(left, who.run(work, left), strict=True):
             if why:
                 skipped[example.path] = why
-            values.add(rows)
+            values.add(example.path, rows)
             count += 1
             if progress is not None:
                 progress(count, len(examples))
@@ -166,17 +165,10 @@ class _Measuring:
                     self.options, self.how,
                 )  # fmt: skip
                 return list(rows), ""
-            except NotFiniteError as error:
+            except (PictureError, NotFiniteError) as error:
                 if not self.lenient:
                     raise
-                return [], f"{example.name}: {error}"
-            except UsageError as error:
-                # A picture that is there and cannot be read is left out; one that is not there was named wrongly.
-                if not self.lenient or example.name not in str(error):
-                    raise
-                if not is_url(example.path) and not Path(example.path).exists():
-                    raise
-                return [], str(error)
+                return [], why_left_out(example.path, error)
 
         return measured
 

@@ -17,7 +17,7 @@ from onnxcam.audit.verdict import Findings
 from onnxcam.errors import UsageError
 from onnxcam.files import write_atomically
 from onnxcam.labels import Labels
-from onnxcam.locations import name_of
+from onnxcam.locations import distinct
 
 CLASSES = 50
 BINS = 40
@@ -52,7 +52,9 @@ def save_page(f: Findings, audit: Audit, labels: Labels | None = None, name: str
             classes = [int(row[c]) for c in ("explained", "class_a", "class_b")]
             used.update(classes)
             sure = [_number(row["probability_a"]), _number(row["probability_b"])]
-            rows.append([name_of(row["image"]), int(row["number"]), *classes, *sure])
+            rows.append([row["image"], int(row["number"]), *classes, *sure])
+    for entry, short in zip(rows, distinct([entry[0] for entry in rows]), strict=True):
+        entry[0] = short
     drawn = audit.settings["thumbs"]
     template = (Path(__file__).parent / TEMPLATE).read_text(encoding="utf-8")
     text = (
@@ -83,7 +85,7 @@ def _number(text: str) -> float | None:
 def _histogram(values: Sequence[float | None]) -> str:
     """Bars from the lowest value, or 0, to 1."""
     known = [v for v in values if v is not None]
-    low = min(0.0, *known) if len(known) > 1 else 0.0
+    low = min([0.0, *known])
     counts = [0] * BINS
     for v in known:
         counts[min(int((v - low) / (1 - low + 1e-12) * BINS), BINS - 1)] += 1
