@@ -111,12 +111,13 @@ def check(model: Model, composite: str | None = None, attention: str | None = No
     from onnxcam.conditions import either_way
 
     plain = model.given()
-    rules = find_composite(composite) if composite else suited("relevance_cam", model.canonical(plain).graph)
+    found = model.canonical(plain)
+    rules = find_composite(composite) if composite else suited("relevance_cam", found.graph, found.logits)
     rules = rules.with_attention(attention)
     ways = {either_way(model, plain, value): None for value in (True, False)}
-    found = [_follow(model.canonical(given, fold_batchnorm=rules.fold_batchnorm), rules) for given in ways]
-    rows = found[0].rows + [row for row in found[-1].rows if row.node not in {r.node for r in found[0].rows}]
-    return Check(found[0].logits, rules.name, rows)
+    checks = [_follow(model.canonical(given, fold_batchnorm=rules.fold_batchnorm), rules) for given in ways]
+    rows = checks[0].rows + [row for row in checks[-1].rows if row.node not in {r.node for r in checks[0].rows}]
+    return Check(found.logits, rules.name, rows)
 
 
 def _follow(found: Canonical, rules: Composite) -> Check:

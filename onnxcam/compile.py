@@ -24,13 +24,14 @@ from onnxcam.check import unreached, why_no_logits
 from onnxcam.composites import Composite, composite as find_composite, suited
 from onnxcam.dequantised import along, parts
 from onnxcam.engines.onnx import BATCH, RecorderOps, Symbol
-from onnxcam.errors import ModelError, UsageError
+from onnxcam.errors import ModelError, OpenBatchError, UsageError
 from onnxcam.files import safe_name, write_atomically
 from onnxcam.graph import Graph
 from onnxcam.heads import before_rounding, count_classes
 from onnxcam.labels import labels_to_metadata
 from onnxcam.layers import Layer
 from onnxcam.methods import METHODS, Method, method as find_method
+from onnxcam.operators import lookup
 from onnxcam.operators.kinds import Array
 from onnxcam.propagate import per_image, walk
 from onnxcam.signs import nonnegative_tensors
@@ -88,9 +89,11 @@ class _Recorded:
             return constant.shape
         shape = self.graph.shape(tensor)
         if shape is None or sum(not isinstance(n, int) for n in shape) > 1:
-            raise ModelError(
+            for node in self.graph.nodes:
+                lookup(node)  # behind a node that is not known, no shape is: then that is the reason
+            raise OpenBatchError(
                 f"the shape of {self._described(tensor)} is not known, so it cannot be compiled; explain with "
-                "--engine numpy"
+                "--engine numpy, or fix the batch"
             )
         return tuple(n if isinstance(n, int) else BATCH for n in shape)
 
@@ -229,7 +232,8 @@ def compile(
         )
     begin = find_start(start or chosen.start)
     given = settled(model, model.given(size or model.size), inputs)
-    rules = find_composite(composite) if composite else suited(chosen.composite, model.canonical(given).graph)
+    whole = model.canonical(given)
+    rules = find_composite(composite) if composite else suited(chosen.composite, whole.graph, whole.logits)
     rules = rules.with_attention(attention)
     typed = chosen.places([layers] if isinstance(layers, str | int) else list(layers), model)
     found = model.resolve(typed, given, chosen.vectors)

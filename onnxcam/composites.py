@@ -238,13 +238,13 @@ SIGNED = {
 }  # what suits networks whose features have both signs
 
 
-def suited(name: str, graph: Graph) -> Composite:
+def suited(name: str, graph: Graph, logits: str) -> Composite:
     """The composite a method is meant for, in the form that suits the network.
 
     Where normalisation and attention leave features of both signs, summands cancel: what shares a sum in proportion to
     signed summands is then mostly rounding (see docs/transformers.md).
     """
-    return composite(SIGNED.get(name, name) if leaves_signed(graph) else name)
+    return composite(SIGNED.get(name, name) if leaves_signed(graph, logits) else name)
 
 
 def composite(name: str | Composite) -> Composite:

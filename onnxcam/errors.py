@@ -33,3 +33,7 @@ class NotFiniteError(ModelError):
 
 class EngineError(ModelError):
     """An engine cannot do what it is asked to do; the walk adds at which node that was."""
+
+
+class OpenBatchError(EngineError):
+    """Something cannot be recorded while it is open how many images a batch has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from onnxcam.compile import classes_in
 from onnxcam.composites import Composite, composite as find_composite, suited
 from onnxcam.conditions import branches_taken, open_branches
 from onnxcam.engines.session import ProviderLike, Settings
-from onnxcam.errors import ModelError, NotFiniteError, UsageError
+from onnxcam.errors import ModelError, NotFiniteError, OpenBatchError, UsageError
 from onnxcam.explanation import Conservation, Explanation, Picture
 from onnxcam.feeds import Arrays, Feeds, Source, as_list, feeds as find_feeds
 from onnxcam.input_spec import Given
@@ -97,7 +97,8 @@ def explain(
         raise UsageError(f"engine onnx computes in float32; {dtype} needs engine numpy")
 
     feeds = find_feeds(model, images, inputs)
-    rules = find_composite(composite) if composite else suited(chosen.composite, model.canonical(feeds.given).graph)
+    whole = model.canonical(feeds.given)
+    rules = find_composite(composite) if composite else suited(chosen.composite, whole.graph, whole.logits)
     rules = rules.with_attention(attention)
     if concepts and not chosen.walks:
         raise UsageError(
@@ -108,26 +109,13 @@ def explain(
     plans = _Plans(
         model, feeds, typed, chosen, rules, begin, engine, dtype, settings, dict(concepts or {}), batch_size, share.tell
     )
-    first = plans.at(0, 1)
-    codes = target_codes(_listed(targets), classes_in(first.canonical), model.labels)
-
+    try:
+        first, parts = _run(plans, targets, share, progress)
+    except OpenBatchError:
+        if model.spec.batch is not None:
+            raise
+        first, parts = _run(plans.one_by_one(), targets, share, progress)
     pictures, canonical, found, runner = feeds.pictures, first.canonical, first.layers, first.runner
-    parts: list[Batch] = []
-    # A condition may hold for one image of a batch and not for another.
-    step = model.spec.batch or (1 if plans.branching else batch_size)
-    for begun in range(0, len(pictures), step):
-        stop = min(begun + step, len(pictures))
-        share.of(begun, stop, len(pictures), progress)
-        plan = plans.at(begun, stop)
-        part = plan.runner.run(feeds.filled(begun, stop, model), codes).first(stop - begun)
-        if parts and _sizes(part) != _sizes(parts[0]):
-            raise UsageError(
-                f"{pictures[begun].name} takes another branch of the model than {pictures[0].name}, with maps of other "
-                "sizes: explain them one by one"
-            )
-        parts.append(part)
-        if progress is not None:
-            progress(stop, len(pictures))
     logits = np.concatenate([p.logits for p in parts])
     maps = {name: np.concatenate([p.maps[name] for p in parts]) for name in found}
     for name, heat in maps.items():
@@ -172,6 +160,35 @@ def explain(
     )
 
 
+def _run(
+    plans: _Plans,
+    targets: Sequence[Target] | Target | None,
+    share: _Share,
+    progress: Callable[[float, int], None] | None,
+) -> tuple[_Plan, list[Batch]]:
+    """The plan for the first image, and what all come to, some at a time."""
+    model, feeds, pictures = plans.model, plans.feeds, plans.feeds.pictures
+    first = plans.at(0, 1)
+    codes = target_codes(_listed(targets), classes_in(first.canonical), model.labels)
+    parts: list[Batch] = []
+    # A condition may hold for one image of a batch and not for another.
+    step = model.spec.batch or (1 if plans.branching else plans.step)
+    for begun in range(0, len(pictures), step):
+        stop = min(begun + step, len(pictures))
+        share.of(begun, stop, len(pictures), progress)
+        plan = plans.at(begun, stop)
+        part = plan.runner.run(feeds.filled(begun, stop, model), codes).first(stop - begun)
+        if parts and _sizes(part) != _sizes(parts[0]):
+            raise UsageError(
+                f"{pictures[begun].name} takes another branch of the model than {pictures[0].name}, with maps of other "
+                "sizes: explain them one by one"
+            )
+        parts.append(part)
+        if progress is not None:
+            progress(stop, len(pictures))
+    return first, parts
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A graph, the layers in it, and who runs it."""
@@ -199,6 +216,12 @@ class _Plans:
     step: int
     tick: Callable[[float], None]
     _made: dict[Given, _Plan] = field(default_factory=dict)
+
+    def one_by_one(self) -> _Plans:
+        """The same for images that come alone, so that all that depends on their number is known."""
+        alone = tuple((name, tuple(n if isinstance(n, int) else 1 for n in s)) for name, s in self.feeds.given.shapes)
+        feeds = replace(self.feeds, given=replace(self.feeds.given, shapes=alone))
+        return replace(self, feeds=feeds, step=1, _made={})
 
     @cached_property
     def branching(self) -> bool:

@@ -147,6 +147,8 @@ def _pictures(model: Model, images: Any) -> tuple[list[Picture], Callable[[int, 
 
 
 def _arrays(model: Model, array: np.ndarray) -> tuple[list[Picture], Callable[[int, int], np.ndarray]]:
+    if model.spec.name in model.alone and model.spec.fits((1, *array.shape)):
+        array = array[None]  # as the file takes it
     if model.spec.fits(array.shape) and not len(array):
         raise UsageError("the array holds no image: its first axis is 0")
     array = _fitting(model.spec, array)

@@ -8,6 +8,7 @@ logits (Softmax, Sigmoid, ...), chooses among them (ArgMax, TopK, a threshold, .
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 import numpy as np
@@ -39,8 +40,8 @@ def locate_logits(graph: Graph, output: str) -> tuple[str, str | None]:
     way, logits, squash = [output], 0, None
     while (node := graph.producer(way[-1])) is not None and (before := _before(graph, node)) is not None:
         way.append(before)
-        if node.op_type in _SQUASHES:
-            logits, squash = len(way) - 1, squash or node.op_type
+        if node.op_type in _SQUASHES or _is_softmax(graph, node):
+            logits, squash = len(way) - 1, squash or (node.op_type if node.op_type in _SQUASHES else "Softmax")
         elif node.op_type in _CHOICES | _DECISIONS | {"Clip"} or _is_one_of_two(graph, node):
             logits = len(way) - 1
     while logits + 1 < len(way) and not _could_be_logits(graph, way[logits]):
@@ -64,6 +65,8 @@ def _before(graph: Graph, node: Node) -> str | None:
     op = node.op_type
     if op in _REWRITES or op in _SQUASHES:
         return node.inputs[0]
+    if (written := _is_softmax(graph, node)) is not None:
+        return written
     if op in _CHOICES:
         return node.inputs[0] if _chooses_class(graph, node) else None
     if op in _DECISIONS:
@@ -76,12 +79,44 @@ def _before(graph: Graph, node: Node) -> str | None:
     return _is_one_of_two(graph, node)
 
 
+def _is_softmax(graph: Graph, node: Node) -> str | None:
+    """z where the node is a softmax over classes written out, exp(z - max z) / sum exp(z - max z); else None."""
+    if node.op_type != "Div":
+        return None
+    exponential, total = (_behind(graph, name, _COPIES) for name in node.inputs)
+    if exponential is None or exponential.op_type != "Exp" or total is None or total.op_type != "ReduceSum":
+        return None
+    summed, shape = _behind(graph, total.inputs[0], _COPIES), graph.shape(node.outputs[0])
+    if summed is not exponential or shape is None or not one_row_each(shape) or len(shape) < 2:
+        return None
+    axes = _axes(total, len(shape))
+    if any(shape[a] == 1 for a in axes) or 0 in axes:
+        return None
+    shifted = graph.producer(exponential.inputs[0])
+    if shifted is not None and shifted.op_type == "Sub":
+        most = _behind(graph, shifted.inputs[1], _COPIES)
+        if most is not None and most.op_type == "ReduceMax" and most.inputs[0] == shifted.inputs[0]:
+            return shifted.inputs[0]
+    return exponential.inputs[0]
+
+
+_COPIES = {"Identity", "Cast", "Expand", "Reshape", "Unsqueeze"}
+
+
+def _behind(graph: Graph, tensor: str, ops: Collection[str]) -> Node | None:
+    """What makes a tensor, but for nodes that only copy it."""
+    node = graph.producer(tensor)
+    while node is not None and node.op_type in ops:
+        node = graph.producer(node.inputs[0])
+    return node
+
+
 def _squashed(graph: Graph, tensor: str) -> bool:
     """True where `tensor` is what a squash puts out, rewritten at most."""
     node = graph.producer(tensor)
     while node is not None and (node.op_type in _REWRITES or node.op_type in _SCALES):
         node = graph.producer(node.inputs[0])
-    return node is not None and node.op_type in _SQUASHES
+    return node is not None and (node.op_type in _SQUASHES or _is_softmax(graph, node) is not None)
 
 
 def _chooses_class(graph: Graph, node: Node) -> bool:
@@ -93,7 +128,7 @@ def _chooses_class(graph: Graph, node: Node) -> bool:
 
 
 def _axes(node: Node, rank: int) -> list[int]:
-    if node.op_type == "ReduceMax":
+    if node.op_type in ("ReduceMax", "ReduceSum"):
         axes = node.attr("axes") or (node.constant(1) if node.has(1) else None)
         return list(range(rank)) if axes is None else [int(a) % rank for a in np.ravel(axes)]
     return [int(node.attr("axis", 0 if node.op_type == "ArgMax" else -1)) % rank]

@@ -114,11 +114,24 @@ def read_inputs(graph: onnx.GraphProto) -> tuple[InputSpec, ...]:
         if not value.type.HasField("tensor_type"):
             raise ModelError(f"input {value.name!r} is no tensor")
         kind = value.type.tensor_type
-        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+        dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+        if not kind.HasField("shape"):
+            dims = _told_by_weights(graph, value.name)
         specs.append(InputSpec.of(value.name, dims, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
     if not specs:
         raise ModelError("the model has no input: there is nothing to explain")
     return tuple(specs)
+
+
+def _told_by_weights(graph: onnx.GraphProto, name: str) -> list[Dim]:
+    """The shape of an input that the file says none of, where it is convolved; else none."""
+    weights = {t.name: t.dims for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[0] == name and node.input[1] in weights:
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            _, channels, *kernel = weights[node.input[1]]
+            return [None, channels * groups, *(None for _ in kernel)]
+    return []
 
 
 def main_input(specs: Sequence[InputSpec]) -> InputSpec:

@@ -439,7 +439,8 @@ def resolve(text: str | int, names: Names, rows: Sequence[Layer]) -> list[str] |
         wanted = {"auto": suggested[-1:], "suggested": suggested, "all": list(rows)}[text]
         if not wanted:
             raise UsageError(
-                "no layer of this model has a map: no tensor on the way to the logits has a spatial extent"
+                "no layer of this model has a map: no tensor on the way to the logits has a spatial extent that is "
+                "known"
             )
         return wanted
     if re.fullmatch(r"-\d+", text):

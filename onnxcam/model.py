@@ -77,6 +77,7 @@ class Model:
         path: of the file; None where it came as bytes.
         sha256: of the file.
         inputs: what the inputs want, in the file's order.
+        alone: the inputs that take one picture in the file, without an axis of images; here they have one, of length 1.
         spec: that of the input that is explained first: the picture, where one is.
         preprocess, preprocess_source: how pictures become input, and where that is known from.
         labels: names of the classes.
@@ -98,6 +99,7 @@ class Model:
         self.name = self.path.name if self.path else "model"
         self.sha256 = self._read.sha256
         self.metadata = self._read.metadata
+        self.alone = self._read.alone
         self.inputs = read_inputs(self._read.proto.graph)
         self.inputs = tuple(
             replace(s, pixels=pixels_wanted(self._read.proto.graph, s.name)) if s.layout else s for s in self.inputs
@@ -208,7 +210,7 @@ class Model:
             from onnxcam.composites import suited
 
             maps = self._maps(found)
-            rules = suited("relevance_cam", found.graph)
+            rules = suited("relevance_cam", found.graph, found.logits)
             found.cache[key] = list_layers(
                 found.graph,
                 found.logits,
@@ -414,7 +416,7 @@ def no_maps(spec: InputSpec) -> str:
     """What to say where no tensor has a map, and a method needs one."""
     return (
         f"no layer of this model has a map: no tensor on the way from input {spec.name!r} {spec.text} to the logits "
-        "has a spatial extent; --method lrp gives the relevance of each feature of the input"
+        "has a spatial extent that is known; --method lrp gives the relevance of each feature of the input"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcam.composites import Composite, describe
-from onnxcam.errors import EngineError, ModelError
+from onnxcam.errors import EngineError, ModelError, OpenBatchError
 from onnxcam.graph import Graph, Node
 from onnxcam.operators import lookup
 from onnxcam.operators.kinds import Array, At, Values
@@ -201,7 +201,8 @@ def walk(
         try:
             shares = rule(At(node, values), operator, arrived)
         except EngineError as error:
-            raise ModelError(f"node {node.name!r} ({node.op_type}): {error}") from error
+            kind = OpenBatchError if isinstance(error, OpenBatchError) else ModelError
+            raise kind(f"node {node.name!r} ({node.op_type}): {error}") from error
         for i, share in shares:
             name = node.inputs[i]
             held[name] = held[name] + share if name in held else share

@@ -22,6 +22,7 @@ import onnx.inliner
 from onnxcam.bfloat16 import widened
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.runtime import onnxruntime
+from onnxcam.unbatched import with_axis_of_images
 from onnxcam.weights import Buffer, cut, emptied, is_stub, take
 
 OLDEST_OPSET = 7
@@ -51,6 +52,7 @@ class ReadModel:
         metadata: the file's `metadata_props`.
         whole: True where `sha256` covers the weights.
         weights: the large weights by name.
+        alone: inputs that take one picture in the file, and images along a first axis in `proto`.
     """
 
     proto: onnx.ModelProto
@@ -59,6 +61,7 @@ class ReadModel:
     metadata: dict[str, str] = field(default_factory=dict)
     whole: bool = True
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    alone: frozenset[str] = frozenset()
 
     def content(self) -> str:
         """A hash of all that the model is, weights in other files included."""
@@ -133,7 +136,8 @@ def _read_huge(proto: onnx.ModelProto) -> ReadModel:
 
 def _whole(model: ReadModel, name: str) -> ReadModel:
     proto = _inlined(model.proto, name) if model.proto.functions else model.proto
-    return replace(model, proto=widened(proto), metadata={p.key: p.value for p in proto.metadata_props})
+    proto, alone = with_axis_of_images(widened(proto))
+    return replace(model, proto=proto, metadata={p.key: p.value for p in proto.metadata_props}, alone=alone)
 
 
 def _bytes_of(path: Path) -> Buffer:

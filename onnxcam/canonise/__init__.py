@@ -28,7 +28,7 @@ from onnxcam.canonise.einsum import lower_einsum
 from onnxcam.canonise.examples import lacking, learned, open_batch, settle, write_down
 from onnxcam.canonise.expansion import expand
 from onnxcam.canonise.identities import drop_identities
-from onnxcam.canonise.inference import ask_runtime, infer
+from onnxcam.canonise.inference import ask_runtime, infer, spell_out_axes
 from onnxcam.canonise.names import name_nodes
 from onnxcam.canonise.order import tidy
 from onnxcam.canonise.quantised import lower_quantised
@@ -99,6 +99,7 @@ def canonise(
     with G_LOGGER.suppress():
         graph = attach(gs.import_onnx(model), weights or {})
         drop_foreign_outputs(graph)
+        spell_out_axes(graph)
         given = given or Given(tuple((shapes or {}).items()))
         specialise(graph, dict(given.shapes), {s.name: s.array for s in given.settings})
         tidy(graph, keep)
@@ -137,7 +138,9 @@ def _until_stable(graph: gs.Graph, passes: tuple[Pass, ...], keep: frozenset[str
     while changed:
         changed = False
         for step in passes:
-            changed |= step(graph, protected(graph, keep))
+            if step(graph, protected(graph, keep)):
+                changed = True
+                graph.nodes = [node for node in graph.nodes if node.outputs]  # what a step cut off, no other step meets
         if changed:
             tidy(graph, keep)
             infer(graph)

@@ -107,3 +107,10 @@ def _inner(graph: gs.Graph) -> list[gs.Variable]:
 
 def _numpy_type(elem_type: int) -> np.dtype | int:
     return elem_type if elem_type in FOREIGN_TYPES else onnx.helper.tensor_dtype_to_np_dtype(elem_type)
+
+
+def spell_out_axes(graph: gs.Graph) -> None:
+    """Write down the axes of MeanVarianceNormalization: without them no inference gives its output a shape."""
+    for node in graph.nodes:
+        if node.op == "MeanVarianceNormalization":
+            node.attrs.setdefault("axes", [0, 2, 3])

@@ -130,7 +130,7 @@ def fold_shapes(graph: gs.Graph, protected: frozenset[str]) -> bool:
     for node in graph.nodes:
         if node.op == "Reshape" and node.outputs and constant(node, 1) is None:
             changed |= _settle(node, vectors.get(node.inputs[1].name), names)
-    for node in [n for n in graph.nodes if n.op in SIZED and len(n.inputs) > SIZED[n.op]]:
+    for node in [n for n in graph.nodes if n.outputs and n.op in SIZED and len(n.inputs) > SIZED[n.op]]:
         changed |= _spell_out(graph, node, vectors.get(node.inputs[SIZED[node.op]].name), names)
     return changed
 

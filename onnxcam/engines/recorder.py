@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnxcam.engines.places import FEW, folds
 from onnxcam.engines.recorded_places import RecordedPlaces
 from onnxcam.engines.symbols import Dim, Shape, Symbol, broadcast_shapes, replaced
-from onnxcam.errors import EngineError
+from onnxcam.errors import EngineError, OpenBatchError
 
 
 class Recorder(RecordedPlaces):
@@ -139,7 +139,7 @@ class Recorder(RecordedPlaces):
     def zeros(self, shape: Sequence[Dim]) -> Symbol:
         if all(isinstance(n, int) for n in shape):
             return self.asarray(np.zeros(tuple(shape), np.float32))  # type: ignore[arg-type]
-        raise EngineError("zeros of an unknown batch cannot be recorded: fix the batch, or use --engine numpy")
+        raise OpenBatchError("zeros of an unknown batch cannot be recorded: fix the batch, or use --engine numpy")
 
     def zeros_like(self, x: Symbol) -> Symbol:
         return self._filled(x, 0.0)
@@ -301,7 +301,7 @@ class Recorder(RecordedPlaces):
         target = shape[1:] if bare else shape
         unknown = [i for i, n in enumerate(target) if not isinstance(n, int)]
         if len(unknown) > 1:
-            raise EngineError(f"a reshape to {target} has two unknown axes: use --engine numpy, or fix the batch")
+            raise OpenBatchError(f"a reshape to {target} has two unknown axes: use --engine numpy, or fix the batch")
         sizes = np.array([n if isinstance(n, int) else -1 for n in target], np.int64)
         return self.record("Reshape", [x, sizes], shape, bare=bare, positive=x.positive)
 
@@ -337,7 +337,7 @@ class Recorder(RecordedPlaces):
         if r.shape == full:
             return r
         if any(a == 1 and not isinstance(b, int) for a, b in zip(r.shape, full, strict=True)):
-            raise EngineError("repeating along an unknown batch cannot be recorded: fix it, or use --engine numpy")
+            raise OpenBatchError("repeating along an unknown batch cannot be recorded: fix it, or use --engine numpy")
         sizes = [n if isinstance(n, int) else 1 for n in (shape if r.bare else full)]
         return self.record("Expand", [r, np.array(sizes, np.int64)], full, bare=r.bare, positive=r.positive)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from onnxcam.errors import EngineError
+from onnxcam.errors import OpenBatchError
 
 if TYPE_CHECKING:
     from onnxcam.engines.recorder import Recorder
@@ -22,7 +22,9 @@ class _Unknown(str):
     __array_ufunc__ = None  # NumPy arrays leave the arithmetic to us
 
     def _refuse(self, _: object = None) -> Any:
-        raise EngineError("this depends on how many images there are in a batch: fix the batch, or use --engine numpy")
+        raise OpenBatchError(
+            "this depends on how many images there are in a batch: fix the batch, or use --engine numpy"
+        )
 
     __index__ = __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
     __sub__ = __rsub__ = __gt__ = __lt__ = __ge__ = __le__ = _refuse

@@ -88,7 +88,8 @@ derivative("Shrink", lambda ops, x, y, lambd: ops.mask(ops.abs(x) > lambd), lamb
 derivative("Erf", lambda ops, x, y: 2 / sqrt(pi) * ops.exp(-x * x))
 derivative("Exp", lambda ops, x, y: y)
 derivative("Log", lambda ops, x, y: 1 / x)
-derivative("Sqrt", lambda ops, x, y: 0.5 / y)
+# Of 0, what a rectifier before it lets nothing of through: infinity would make that a product with 0.
+derivative("Sqrt", lambda ops, x, y: ops.where(y > 0, 0.5 / ops.where(y > 0, y, 1.0), 0.0))
 derivative("Reciprocal", lambda ops, x, y: -y * y)
 derivative("Neg", lambda ops, x, y: -ops.ones_like(x))
 derivative("Abs", lambda ops, x, y: ops.sign(x))

@@ -19,7 +19,7 @@ _BRANCH = (
 )
 _TREES = "what trees compare has no gradient and no weights to share relevance by: a perturbation method may do"
 _TEXT = "it works on text, not on numbers"
-_SIGNAL = "it is signal processing before the network; explain the model behind it"
+_SIGNAL = "it is signal processing; explain a layer behind it, or the model, where it stands before one"
 _POOL = "its positions come from regions that the graph proposes; explain a layer behind it"
 _CLASSICAL = "it is a model of classical machine learning, not a layer of a network"
 _TABLE = "it prepares rows of a table for a classical model; explain the model behind it"

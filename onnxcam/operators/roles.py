@@ -282,10 +282,10 @@ def _behind_kernel(node: Node, i: int) -> bool:
 _NORMALISING = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 
 
-def leaves_signed(graph: Graph) -> bool:
-    """True where features of both signs go on to the logits, as behind layer normalisation and attention: in
+def leaves_signed(graph: Graph, logits: str) -> bool:
+    """True where features of both signs go on to `logits`, as behind layer normalisation and attention: in
     transformers and their relatives, while the ReLU of a convolutional network leaves one sign."""
-    for node in graph.nodes:
+    for node in graph.between(graph.inputs, logits):
         if node.op_type in _NORMALISING and 0 in data_inputs(node):
             return True
         if node.op_type == "MatMul" and len(data_inputs(node)) == 2:

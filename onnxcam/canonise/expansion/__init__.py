@@ -56,12 +56,17 @@ def expander(node: gs.Node, graph: gs.Graph) -> Expand | None:
     """What writes `node` in simpler ops; None where it stays, or nothing does."""
     domain = "" if node.domain in (None, "ai.onnx") else node.domain
     opset = graph.opset if not domain else 1
-    if has_operator(domain, node.op, opset):
+    if has_operator(domain, node.op, opset) and not _gives_statistics(node):
         return None
     found = EXPANSIONS.get((domain, node.op))
     if found is not None and (found.until is None or opset <= found.until):
         return found.write
     return write_function if (domain, node.op) not in REFUSED and has_body(domain, node.op, opset) else None
+
+
+def _gives_statistics(node: gs.Node) -> bool:
+    """True for a normalisation whose mean or deviation is read as well: its operator is of what it normalises alone."""
+    return node.op == "LayerNormalization" and any(not t.is_empty() and t.outputs for t in node.outputs[1:])
 
 
 def why_not(node: gs.Node, graph: gs.Graph) -> str | None:
