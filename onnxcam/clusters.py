@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -142,11 +141,12 @@ def cluster(
         if progress is not None:
             progress(done, len(examples))
     if only is None:
-        enough = {n: some for n, some in found.items() if len(some) >= FEWEST}
+        enough = {n: some for n, some in found.items() if len(some) >= max(FEWEST, (count or 0) + 1)}
         if not enough:
             if len(reasons) == len(examples):
                 raise UsageError(reasons[0])
-            raise UsageError(f"no class has {FEWEST} pictures or more, which clusters want")
+            least = max(FEWEST, (count or 0) + 1)
+            raise UsageError(f"no class has {least} pictures or more, which clusters want")
     else:
         enough = {n: found.get(n, []) for n in sorted(only)}
         few = next((n for n, some in enough.items() if len(some) < FEWEST), None)
@@ -274,9 +274,8 @@ def save(found: Sequence[Clusters], model: Model, out: str | Path) -> list[Path]
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     rows.writerow(["image", "class", "cluster", "x", "y"])
-    for old in (*folder.glob("class-*-cluster-*.jpg"), *folder.glob("class-*.png")):
-        if re.fullmatch(r"class-\d+(-cluster-\d+)?", old.stem):  # of a run before
-            old.unlink()
+    for old in _of_a_run_before(folder):
+        old.unlink(missing_ok=True)
     for c in found:
         for picture, group, (x, y) in zip(c.pictures, c.cluster, c.places, strict=True):
             rows.writerow([picture, c.number, int(group), f"{x:.5g}", f"{y:.5g}"])
@@ -300,6 +299,17 @@ def save(found: Sequence[Clusters], model: Model, out: str | Path) -> list[Path]
     text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
     written.append(write_atomically(folder / "manifest.json", lambda s: s.write(text)))
     return written
+
+
+def _of_a_run_before(folder: Path) -> list[Path]:
+    """The pictures that the folder's manifest speaks of."""
+    try:
+        classes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["classes"]
+        listed = [(int(c["class"]), len(c["clusters"])) for c in classes]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    galleries = [folder / f"class-{number}-cluster-{k}.jpg" for number, count in listed for k in range(count)]
+    return galleries + [folder / f"class-{number}.png" for number, _ in listed]
 
 
 def gallery(c: Clusters, model: Model, k: int, columns: int = 6) -> Image.Image:

@@ -109,11 +109,14 @@ def explain(
     plans = _Plans(
         model, feeds, typed, chosen, rules, begin, engine, dtype, settings, dict(concepts or {}), batch_size, share.tell
     )
+    alone = whole.cache.setdefault("one by one", set())
+    key = (chosen.name, rules.name, str(typed), engine)
     try:
-        first, parts = _run(plans, targets, share, progress)
+        first, parts = _run(plans.one_by_one() if key in alone else plans, targets, share, progress)
     except OpenBatchError:
-        if model.spec.batch is not None:
+        if model.spec.batch is not None or key in alone:
             raise
+        alone.add(key)  # so that the next call does not try in vain
         first, parts = _run(plans.one_by_one(), targets, share, progress)
     pictures, canonical, found, runner = feeds.pictures, first.canonical, first.layers, first.runner
     logits = np.concatenate([p.logits for p in parts])

@@ -86,8 +86,10 @@ def _is_softmax(graph: Graph, node: Node) -> str | None:
     exponential, total = (_behind(graph, name, _COPIES) for name in node.inputs)
     if exponential is None or exponential.op_type != "Exp" or total is None or total.op_type != "ReduceSum":
         return None
-    summed, shape = _behind(graph, total.inputs[0], _COPIES), graph.shape(node.outputs[0])
+    summed, shape = _behind(graph, total.inputs[0], {"Identity", "Cast"}), graph.shape(node.outputs[0])
     if summed is not exponential or shape is None or not one_row_each(shape) or len(shape) < 2:
+        return None
+    if graph.shape(total.inputs[0]) != shape:
         return None
     axes = _axes(total, len(shape))
     if any(shape[a] == 1 for a in axes) or 0 in axes:

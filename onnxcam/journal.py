@@ -1,8 +1,9 @@
 """A run over pictures that can be interrupted: rows of a CSV, written picture by picture, and what was asked for.
 
-Rows of one picture are written at once, and behind them that the picture is done, so memory does not grow with the set.
-What an interruption left in part is taken away when the run is gone on with; a folder that holds another run, or one
-over other pictures, is refused. Pictures may be added; one of which something else is known now is done again.
+Rows of one picture are written at once, and behind them, in `done.csv`, that the picture is done, so memory does not
+grow with the set. What an interruption left in part is taken away when the run is gone on with; a folder that holds
+another run, or one over other pictures, is refused. Pictures may be added; one of which something else is known now is
+done again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,13 +59,13 @@ class Journal:
             raise UsageError(f"{self.folder} holds values of other pictures, {other} for one: give another folder")
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            known = known[:-1]  # of which something is missing
-        done = {line[0] for line in known if line[1:] == [self.pictures[line[0]]]}
         rows = list(csv.DictReader(io.StringIO(whole)))
+        count = Counter(row[self.columns[0]] for row in rows)
+        lines = [line for line in known if line[1] == self.pictures[line[0]] and line[2] == str(count[line[0]])]
+        done = {line[0] for line in lines}
         kept = [[row[c] for c in self.columns] for row in rows if row[self.columns[0]] in done]
         _write(self.folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
-        _write(self.folder / DONE, _lines([line for line in known if line[0] in done]))
+        _write(self.folder / DONE, _lines(lines))
         if len(kept) < len(rows) or whole != text or not text:
             _write(self.path, _lines([self.columns, *kept]))
         return done
@@ -94,7 +96,7 @@ def _lines_of(path: Path) -> list[list[str]]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    return [line for line in csv.reader(io.StringIO(text[: text.rfind("\n") + 1])) if len(line) == 2]
+    return [line for line in csv.reader(io.StringIO(text[: text.rfind("\n") + 1])) if len(line) == 3]
 
 
 def _write(path: Path, text: str) -> None:
@@ -114,11 +116,10 @@ class Writer:
         self.rows, self.done, self.pictures = rows, done, pictures
 
     def add(self, picture: str, rows: Sequence[Sequence[Any]]) -> None:
-        """All rows of one picture, or none where it could not be read: then it is tried again."""
-        if rows:
-            for stream, lines in ((self.rows, rows), (self.done, [[picture, self.pictures[picture]]])):
-                stream.write(_lines(lines))
-                stream.flush()
+        """All rows of one picture, which may be none. One that could not be read is not to be added."""
+        for stream, lines in ((self.rows, rows), (self.done, [[picture, self.pictures[picture], len(rows)]])):
+            stream.write(_lines(lines))
+            stream.flush()
 
 
 def to_parquet(values: Path, text: Sequence[str], whole: Sequence[str] = ()) -> Path:

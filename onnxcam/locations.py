@@ -27,7 +27,7 @@ def name_of(path: str | os.PathLike[str]) -> str:
 def distinct(paths: Sequence[str]) -> list[str]:
     """The name of each path, with as many of the folders before it as make it differ from the others."""
     unlike = list(dict.fromkeys(paths))
-    parts = {path: (urlsplit(path).path if is_url(path) else path).replace(os.sep, "/").split("/") for path in unlike}
+    parts = {path: path.replace(os.sep, "/").split("/") for path in unlike}
     depth = dict.fromkeys(unlike, 1)
     while True:
         names = {path: "/".join(parts[path][-depth[path] :]) for path in unlike}

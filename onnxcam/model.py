@@ -250,7 +250,8 @@ class Model:
         out: dict[str, Layer] = {}
         for text in typed:
             if isinstance(text, Layer):
-                out[text.node] = by_tensor.get(text.tensor) or self._unlisted(text.tensor, size, vectors)
+                name = text.tensor if out.get(text.node, text).tensor != text.tensor else text.node
+                out[name] = by_tensor.get(text.tensor) or self._unlisted(text.tensor, size, vectors)
                 continue
             if self._means_inputs(text, rows, vectors):
                 seen = self._seen_inputs(size)
@@ -347,6 +348,7 @@ class Model:
                 inner[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
         made = Model(b"".join(pieces(proto.SerializeToString(), held)), output=self.output)
         made.preprocess, made.preprocess_source, made.labels = self.preprocess, self.preprocess_source, self.labels
+        made.alone = self.alone
         return made
 
     # -- what a model is for -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from scipy import stats
 
 import onnxcam
 from onnxcam.audit import audit, findings, matched, run
-from onnxcam.audit.drift import drift, parted_at
+from onnxcam.audit.drift import Drift, drift, parted_at
 from onnxcam.audit.verdict import junit, markdown, mcnemar, save
 from onnxcam.cli import main
 from onnxcam.engines.session import Settings
@@ -286,12 +286,45 @@ def test_other_weights_beside_the_file_and_another_output_are_another_run(place:
     assert one.sha256 == two.sha256
     a = model(place, "a")
     audit(a, one, known(place)[:2], ["A4"], tmp_path / "out", thumbs=0)
-    inner = onnxcam.load(place / "a.onnx", preprocess="unit", output=a.canonical().logits)
-    for first, second in ((a, two), (inner, one)):
-        if first is inner and inner.output == a.output:
-            continue
-        with pytest.raises(UsageError, match="another model or other settings"):
-            audit(first, second, known(place)[:2], ["A4"], tmp_path / "out", thumbs=0)
+    with pytest.raises(UsageError, match="another model or other settings"):
+        audit(a, two, known(place)[:2], ["A4"], tmp_path / "out", thumbs=0)
+    proto = onnx.load(place / "a.onnx")
+    logits = proto.graph.output[0].name
+    proto.graph.node.append(onnx.helper.make_node("Neg", [logits], ["less"]))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("less", onnx.TensorProto.FLOAT, None))
+    onnx.save(proto, tmp_path / "heads.onnx")
+    heads = [onnxcam.load(tmp_path / "heads.onnx", preprocess="unit", output=name) for name in (logits, "less")]
+    audit(a, heads[0], known(place)[:2], ["A4"], tmp_path / "heads", thumbs=0)
+    with pytest.raises(UsageError, match="another model or other settings"):
+        audit(a, heads[1], known(place)[:2], ["A4"], tmp_path / "heads", thumbs=0)
+
+
+def test_pictures_whose_rows_are_gone_are_done_again(place: Path, tmp_path: Path) -> None:
+    a, b = model(place, "a"), model(place, "close")
+    whole = list(audit(a, b, known(place)[:3], ["A2", "A4"], tmp_path, thumbs=0).rows())
+    values = tmp_path / "values.csv"
+    lines = values.read_text().splitlines(keepends=True)
+    for kept in ("".join(lines[:4]), "".join(lines[:-1]), None):
+        values.unlink() if kept is None else values.write_text(kept)
+        again = list(audit(a, b, known(place)[:3], ["A2", "A4"], tmp_path, thumbs=0).rows())
+        assert {(r["image"], r["layer"], r["rank"]) for r in again} == {
+            (r["image"], r["layer"], r["rank"]) for r in whole
+        }
+        assert len(again) == len(whole)
+
+
+def test_a_picture_with_numpys_numbers_and_many_boxes_is_known(place: Path, tmp_path: Path) -> None:
+    picture = known(place)[0]
+    boxes = tuple((np.float32(k), np.int64(k), 4.0, 4.0) for k in range(5000))
+    odd = replace(picture, label=np.int64(3), boxes=boxes)
+    assert odd.known == replace(picture, label=3, boxes=tuple((k, k, 4, 4) for k in range(5000))).known
+    for _ in range(2):
+        audit(model(place, "a"), model(place, "close"), [odd], ["A4"], tmp_path, thumbs=0)
+
+
+def test_two_layers_of_one_node_are_two(place: Path, tmp_path: Path) -> None:
+    found = audit(model(place, "a"), model(place, "close"), known(place)[:1], ["c1", "r1"], tmp_path, thumbs=0)
+    assert [p.name for p in found.pairs] == ["c1", "r1"] and len(list(found.rows())) == 2
 
 
 def test_a_run_that_never_got_to_a_picture_leaves_nothing_in_the_way(place: Path, tmp_path: Path) -> None:
@@ -368,6 +401,13 @@ def test_preprocessing_that_was_folded_into_the_network_is_no_other_input(place:
     assert f.passed and f.parted is None
 
 
+def test_networks_of_which_no_layers_compare_are_judged_by_their_maps_alone(place: Path, tmp_path: Path) -> None:
+    drift_ = [Drift("input", "input", 0.01, 0.01)]
+    found = audit(model(place, "a"), model(place, "close"), known(place)[:2], ["A4"], tmp_path, thumbs=0)
+    f = findings(replace(found, drift=drift_))
+    assert f.passed and "no layers of the two can be compared number by number" in f.sentence
+
+
 def test_another_number_of_classes_is_said(place: Path, tmp_path: Path) -> None:
     proto = onnx.load(place / "a.onnx")
     logits = proto.graph.output[0].name
@@ -419,6 +459,8 @@ def test_labels_of_pictures_of_one_name_go_by_their_folders(place: Path, tmp_pat
     (tmp_path / "labels.csv").write_text("file,class\nu/a.png,1\nv/a.png,2\n")
     with pytest.raises(UsageError, match=r"u/a.png and v/a.png have its name"):
         examples(paths, labels=tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("file,class\nval/x/a.png,3\nval/y/a.png,4\n./b.png,5\n")
+    assert [e.label for e in examples(["x/a.png", "y/a.png", "z/b.png"], labels=tmp_path / "labels.csv")] == [3, 4, 5]
     found = audit(model(place, "a"), model(place, "close"), examples(paths), ["A4"], tmp_path / "out", thumbs=0)
     assert "| x/a.png |" in markdown(findings(found)) and "| y/a.png |" in markdown(findings(found))
 

@@ -104,6 +104,12 @@ def test_a_gradient_that_is_off_in_float32_alone_passes(make):
         steps[f"gradient/{engine}"] |= {"torch32": 0.3, "torch64": 0.2}
     assert not passed(stored)
     steps["float64"] = {"status": "ok", "error": 5e-6}
+    steps["gradient/onnx"] |= {
+        "torch32": 0.9,
+        "torch64": 0.9,
+    }  # engine onnx is further off than float32 takes engine numpy
+    assert not passed(stored)
+    steps["gradient/onnx"] |= {"torch32": 0.3, "torch64": 0.2}
     assert passed(stored) and not outright(stored)
     assert autograds(stored) and not autograds(stored, in_float32=True)
     steps["float64"]["error"] = 2e-5

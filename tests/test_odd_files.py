@@ -114,6 +114,17 @@ def test_a_softmax_that_is_written_out_is_a_head(shifted: bool, keep: int) -> No
         np.testing.assert_allclose(one.maps[name], heat, atol=1e-6 * np.abs(heat).max())
 
 
+def test_a_softmax_over_groups_of_classes_is_no_softmax_over_classes() -> None:
+    proto = model(
+        "c = Conv(x, w) b = Relu(c) p = GlobalAveragePool(b) q = Flatten(p) l = MatMul(q, f) e = Exp(l) "
+        "g = Reshape(e, groups) t = ReduceSum(g, i2) s = Expand(t, wide) r = Reshape(s, flat) y = Div(e, r)",
+        "float[1,3,8,8] x) => (float[1,6] y", f=RNG.standard_normal((4, 6)).astype(np.float32),
+        groups=np.array([1, 2, 3]), wide=np.array([1, 2, 3]), flat=np.array([1, 6]),
+    )  # fmt: skip
+    e = onnxcam.load(proto).explain(X[:1], "Conv_0")
+    np.testing.assert_allclose(e.logits, runs(proto, X[:1]), rtol=1e-5)
+
+
 def test_shares_of_a_sum_that_is_no_softmax_are_the_output() -> None:
     lead = "c = Conv(x, w) b = Relu(c)" + TAIL.replace("y =", "l =")
     proto = model(f"{lead} a = Sigmoid(l) e = Exp(a) t = ReduceSum(e, i0) y = Div(e, t)")  # over images
@@ -139,8 +150,34 @@ def test_a_picture_without_an_axis_of_images_is_one_image(layout: str, tmp_path)
     np.testing.assert_array_equal(e.maps["Conv_0"], same.maps["Conv_0"])
     from PIL import Image
 
+    changed = loaded.with_weights({"w": W})
+    np.testing.assert_array_equal(changed.explain(array, ["Conv_0"]).maps["Conv_0"], e.maps["Conv_0"])
     drawn = loaded.explain(Image.fromarray(picture), ["Conv_0"])
     np.testing.assert_allclose(drawn.maps["Conv_0"], e.maps["Conv_0"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "channels"),
+    [
+        ("t = Transpose<perm=[0,2,1]>(x) u = Unsqueeze(t, i0) v = Transpose<perm=[1,2,0,3]>(u)", ("N", 16, 3), 3),
+        ("g = Gather<axis=1>(x, first) u = Unsqueeze(g, i0) m = Transpose<perm=[0,2,1]>(x) v = Unsqueeze(m, i2)",
+         ("N", 16, 3), 3),
+        ("u = Unsqueeze(x, i0) v = Transpose<perm=[1,0,2,3]>(u)", (3, 16, 16), 1),
+    ],
+    ids=["turned-behind", "scalar-gather", "images-first"],
+)  # fmt: skip
+def test_a_first_axis_that_counts_images_stays_one(body: str, shape: tuple, channels: int) -> None:
+    head = f"float[{','.join(map(str, shape))}] x) => (float[{shape[0]},5] y"
+    weight = RNG.standard_normal((4, channels, 1, 1)).astype(np.float32)
+    proto = model(f"{body} c = Conv(v, w) b = Relu(c)" + TAIL, head, first=np.int64(0), w=weight)
+    assert onnxcam.load(proto).spec.shape == shape
+
+
+def test_a_picture_that_a_branch_reads_stays_as_it_is() -> None:
+    proto = model("""u = Unsqueeze(im, i0) z = If<then_branch = one () => (float[3,8,8] s) { s = Identity(im) },
+        else_branch = two () => (float[3,8,8] s2) { s2 = Neg(im) }>(yes) e = Unsqueeze(z, i0) a = Add(u, e)
+        c = Conv(a, w) b = Relu(c)""" + TAIL, "float[3,8,8] im) => (float[1,5] y", yes=np.bool_(True))  # fmt: skip
+    assert onnxcam.load(proto).spec.shape == (3, 8, 8)
 
 
 def test_three_axes_that_are_no_picture_stay_as_they_are() -> None:

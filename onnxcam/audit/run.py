@@ -16,12 +16,14 @@ import numpy as np
 
 from onnxcam.audit.drift import Drift, drift
 from onnxcam.audit.matching import Pair, chosen
+from onnxcam.compile import classes_in
 from onnxcam.engines.session import Settings
 from onnxcam.errors import NotFiniteError, PictureError, UsageError
 from onnxcam.evaluation.examples import Example, checked
 from onnxcam.explanation import Explanation
 from onnxcam.files import writable_folder, write_atomically
 from onnxcam.journal import VALUES, Journal, rows_of, to_parquet
+from onnxcam.locations import distinct
 from onnxcam.methods import Method, method as find_method
 from onnxcam.methods.upsample import upsampled
 from onnxcam.metrics import agreement, localisation
@@ -150,7 +152,8 @@ def audit(
                 _save(journal.folder / THUMBS / f"{number:06d}-{side}.jpg", content)
             if part.why:
                 skipped[example.path] = part.why
-            values.add(example.path, part.rows)
+            else:
+                values.add(example.path, part.rows)
             count += 1
             if progress is not None:
                 progress(count, len(examples))
@@ -169,7 +172,10 @@ def at_one_size(first: Model, second: Model) -> tuple[Model, Model]:
     """The two, one that takes inputs of any size made to take those of the other's, unless it says what it wants."""
     for one, other in ((first, second), (second, first)):
         fixed = one.spec.height and one.spec.width
-        if fixed and not (other.spec.height or other.spec.width or other.preprocess.size) and one.size != other.size:
+        free = (
+            not (other.spec.height or other.spec.width or other.preprocess.size) and other.preprocess.resize != "exact"
+        )
+        if fixed and free and one.size != other.size:
             resized = copy.copy(other)
             resized.preprocess = other.preprocess.override(size=one.size)
             return (one, resized) if one is first else (resized, one)
@@ -178,27 +184,22 @@ def at_one_size(first: Model, second: Model) -> tuple[Model, Model]:
 
 def told_apart(first: Model, second: Model) -> tuple[str, str]:
     """The names of the two, with as much of the folders before as makes them differ."""
-    from onnxcam.locations import distinct
-
     a, b = distinct([str(model.path or model.name) for model in (first, second)])
     return a, b
 
 
 def _doubts(first: Model, second: Model, offset: int) -> Iterator[str]:
     counts = [_classes(model) for model in (first, second)]
-    if None not in counts and counts[0] != counts[1] and not offset:
+    if counts[0] != counts[1] and not offset:
         yield (
             f"{first.name} has {counts[0]} classes and {second.name} {counts[1]}: if class c of the one is class c + N "
             "of the other, give --offset N"
         )
 
 
-def _classes(model: Model) -> int | None:
-    """How many classes a model tells apart, where its graph says so."""
-    found = model.canonical()
-    shape = found.graph.shape(found.logits) or (None,)
-    count = shape[1] if len(shape) > 1 else shape[0]
-    return (2 if count == 1 else count) if isinstance(count, int) else None
+def _classes(model: Model) -> int:
+    """How many classes a model tells apart; one logit tells two."""
+    return max(classes_in(model.canonical()), 2)
 
 
 def _save(path: Path, content: bytes) -> None:

@@ -119,8 +119,10 @@ class Findings:
         if self.parted is not None:
             at = "their input" if self.sees_otherwise else f"layer {self.parted.layer}"
             where = f"; activations part ways at {at} (alike to {self.parted.likeness:.2f})"
-        elif self.drift:
+        elif len(self.drift) > 1:
             where = "; activations that can be compared are alike throughout"
+        else:
+            where = "; no layers of the two can be compared number by number"
         if self.passed:
             return f"same reasons: {same} (at least {self.fail_under:g} was asked for); {agree}{where}"
         if self.score >= self.fail_under:
@@ -264,8 +266,8 @@ def junit(f: Findings) -> bytes:
             ElementTree.SubElement(case, "failure", message=f.sentence).text = markdown(f)
         else:
             ElementTree.SubElement(case, "system-out").text = f"mean rank correlation {layer.means['rank']:.4f}"
-    for warning in (*f.warnings, *(f"{path} is left out: {why}" for path, why in f.skipped.items())):
-        ElementTree.SubElement(suite, "system-err").text = warning
+    if doubts := [*f.warnings, *(f"{path} is left out: {why}" for path, why in f.skipped.items())]:
+        ElementTree.SubElement(suite, "system-err").text = "\n".join(doubts)
     whole: bytes = ElementTree.tostring(suite, "utf-8", xml_declaration=True)
     return whole + b"\n"
 

@@ -132,6 +132,35 @@ def _replacements() -> list[Any]:
         won = np.argmax([padded[(..., *tap)] for tap in taps], axis=0)
         return np.take_along_axis(np.array([places[(..., *tap)] for tap in taps]), won[None], 0)[0]
 
+    class BatchNormalization(OpRun):
+        """Before opset 14 the evaluator's own mixes in the statistics of the batch, as for training (onnx 1.23)."""
+
+        op_domain = ""
+
+        def _run(  # type: ignore[no-untyped-def]
+            self, x, scale, bias, mean, var, epsilon=None, momentum=None, spatial=None, training_mode=None
+        ):  # fmt: skip
+            wide = (-1, *(1,) * (x.ndim - 2)) if x.ndim > 1 else (-1,)
+            scale, bias, mean, var = (v.reshape(wide) for v in (scale, bias, mean, var))
+            return ((x - mean) * (scale / np.sqrt(var + (1e-5 if epsilon is None else epsilon))) + bias,)
+
+    class Pad(OpRun):
+        """The evaluator's own takes no negative pads, which cut off (onnx 1.23)."""
+
+        op_domain = ""
+
+        def _run(self, data, pads=None, constant_value=None, axes=None, mode=None, value=None):  # type: ignore[no-untyped-def]
+            over = range(data.ndim) if axes is None else [int(a) % data.ndim for a in axes]
+            edges = [(0, 0)] * data.ndim
+            for i, axis in enumerate(over):
+                edges[axis] = (int(pads[i]), int(pads[i + len(pads) // 2]))
+            kept = data[tuple(slice(max(-b, 0), n - max(-e, 0)) for n, (b, e) in zip(data.shape, edges, strict=True))]
+            grown = [(max(b, 0), max(e, 0)) for b, e in edges]
+            if (mode or "constant") != "constant":
+                return (np.pad(kept, grown, mode=mode),)
+            fill = next((v for v in (constant_value, value) if v is not None), 0)
+            return (np.pad(kept, grown, constant_values=np.asarray(fill).item()),)
+
     class LRN(OpRun):
         """The evaluator's own counts images where it means channels (onnx 1.23)."""
 
@@ -176,4 +205,16 @@ def _replacements() -> list[Any]:
                 return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
             return (0.5 * x * (1 + erf(x / math.sqrt(2))),)
 
-    return [Conv, ConvTranspose, MaxPool, LRN, MeanVarianceNormalization, GatherElements, Erf, Gelu, *rounding_ops()]
+    return [
+        Conv,
+        ConvTranspose,
+        MaxPool,
+        BatchNormalization,
+        Pad,
+        LRN,
+        MeanVarianceNormalization,
+        GatherElements,
+        Erf,
+        Gelu,
+        *rounding_ops(),
+    ]

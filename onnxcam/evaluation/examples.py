@@ -2,13 +2,14 @@
 
 Boxes come as a CSV (file, x0, y0, x1, y1, in pixels of the upright picture; a class column is ignored), a COCO JSON or
 a folder of Pascal VOC XML files; masks as a folder of pictures of the same stems, white where the object is; classes as
-a CSV (file, class). Everything that is read is matched by the file's name, and by the folders before it where two files
-have one name.
+a CSV (file, class). Everything that is read is matched by the file's name; rows of a CSV or a COCO JSON also by the
+folders before it, where several have one name.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Generic, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -42,11 +44,12 @@ class Example:
 
     @property
     def known(self) -> str:
-        """All that is known of it, and its size in bytes: what a value depends on beside the run."""
+        """A hash of all that is known of it, and of its size in bytes: what a value depends on beside the run."""
         size = "" if is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_size
-        return json.dumps(
-            [size, self.label, [list(b) for b in self.boxes], None if self.mask is None else str(self.mask)]
-        )
+        label = None if self.label is None else int(self.label)
+        boxes = [[float(v) for v in box] for box in self.boxes]
+        text = json.dumps([size, label, boxes, None if self.mask is None else str(self.mask)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def located(self) -> bool:
@@ -144,10 +147,14 @@ class _Named(Generic[Value]):
     """What a file says of pictures, by the names it has for them."""
 
     def __init__(self) -> None:
-        self.values: dict[str, dict[str, list[Value]]] = defaultdict(lambda: defaultdict(list))
+        self.values: dict[tuple[str, ...], list[Value]] = defaultdict(list)
+        self.ending: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
 
     def add(self, file: str, *values: Value) -> None:
-        self.values[PurePath(file).name][file].extend(values)
+        parts = _parts(file)
+        self.values[parts].extend(values)
+        for k in range(len(parts)):
+            self.ending[parts[k:]].add(parts)
 
     def of(self, path: str) -> list[Value]:
         """What is said of a picture: by its name, or where that is the name of several, by the folders before it.
@@ -155,17 +162,19 @@ class _Named(Generic[Value]):
         Raises:
             UsageError: several may be meant.
         """
-        files = self.values.get(name_of(path), {})
-        if len(files) > 1:
-            parts = PurePath(path).parts
-            ends = {file: PurePath(file).parts for file in files}
-            files = {file: files[file] for file, end in ends.items() if parts[-len(end) :] == end}
-            longest = max((len(ends[file]) for file in files), default=0)
-            files = {file: values for file, values in files.items() if len(ends[file]) == longest}
-            if len(files) != 1:
-                some = " and ".join(list(ends)[:2])
+        parts = _parts(path)
+        for end in (parts[k:] for k in range(len(parts))):
+            files = self.ending.get(end, set())
+            if len(files) == 1 or end in files:
+                return self.values[end if end in files else next(iter(files))]
+            if files:
+                some = " and ".join("/".join(file) for file in sorted(files)[:2])
                 raise UsageError(f"{path}: {some} have its name, and which is meant cannot be told from the folders")
-        return next(iter(files.values()), [])
+        return []
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return PurePath(urlsplit(path).path if is_url(path) else path).parts
 
 
 TARGETS = ("predicted", "label")

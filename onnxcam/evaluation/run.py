@@ -133,7 +133,8 @@ def evaluate(
         for example, (rows, why) in zip(left, who.run(work, left), strict=True):
             if why:
                 skipped[example.path] = why
-            values.add(example.path, rows)
+            else:
+                values.add(example.path, rows)
             count += 1
             if progress is not None:
                 progress(count, len(examples))
