@@ -24,7 +24,7 @@ _REWRITES = {
 _SQUASHES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
 _CHOICES = {"ArgMax", "TopK", "Hardmax", "ReduceMax"}  # along the axis of classes
 _DECISIONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}  # by a threshold
-_SCALES = {"Log", "Exp", "Clip", "Mul", "Div"}  # of probabilities
+_SCALES = {"Log", "Exp", "Clip", "Mul", "Div", "Round", "Floor", "Ceil"}  # of probabilities
 
 
 def locate_logits(graph: Graph, output: str) -> tuple[str, str | None]:
@@ -74,6 +74,8 @@ def _before(graph: Graph, node: Node) -> str | None:
     if op in _SCALES:
         rest = [i for i in range(len(node.inputs)) if node.has(i) and not node.is_constant(i)]
         return node.inputs[0] if rest == [0] and (op == "Clip" or _squashed(graph, node.inputs[0])) else None
+    if op == "Where" and node.is_constant(2) and _squashed(graph, node.inputs[1]):
+        return node.inputs[1]  # probabilities, small ones blotted out
     if op in ("Gather", "ArrayFeatureExtractor") and node.is_constant(0):  # names of classes by their numbers
         return node.inputs[1]
     return _is_one_of_two(graph, node)
@@ -116,7 +118,9 @@ def _behind(graph: Graph, tensor: str, ops: Collection[str]) -> Node | None:
 def _squashed(graph: Graph, tensor: str) -> bool:
     """True where `tensor` is what a squash puts out, rewritten at most."""
     node = graph.producer(tensor)
-    while node is not None and (node.op_type in _REWRITES or node.op_type in _SCALES):
+    while node is not None and (
+        node.op_type in _REWRITES or (node.op_type in _SCALES and not _is_softmax(graph, node))
+    ):
         node = graph.producer(node.inputs[0])
     return node is not None and (node.op_type in _SQUASHES or _is_softmax(graph, node) is not None)
 

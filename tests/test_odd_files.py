@@ -114,6 +114,24 @@ def test_a_softmax_that_is_written_out_is_a_head(shifted: bool, keep: int) -> No
         np.testing.assert_allclose(one.maps[name], heat, atol=1e-6 * np.abs(heat).max())
 
 
+@pytest.mark.parametrize(
+    "squash", ["z = Softmax<axis=1>(l)", "e = Exp(l) t = ReduceSum<keepdims=1>(e, i1) z = Div(e, t)"]
+)
+@pytest.mark.parametrize(
+    "written",
+    ["s = Mul(z, many) r = Round(s) y = Div(r, many)", "k = Greater(z, low) y = Where(k, z, zero)"],
+    ids=["rounded", "small-ones-blotted-out"],
+)
+def test_logits_are_found_behind_what_is_done_to_probabilities(squash: str, written: str) -> None:
+    lead = "c = Conv(x, w) b = Relu(c)" + TAIL.replace("y =", "l =")
+    found = {name: np.float32(v) for name, v in (("many", 1e4), ("low", 0.05), ("zero", 0))}
+    proto = model(f"{lead} {squash} {written}", **found)
+    plain = model(f"{lead} y = Softmax<axis=1>(l)")
+    one, other = (onnxcam.load(p).explain(X, "Conv_0") for p in (proto, plain))
+    np.testing.assert_allclose(one.logits, other.logits, rtol=1e-6)
+    np.testing.assert_allclose(one.maps["Conv_0"], other.maps["Conv_0"], atol=1e-6 * np.abs(other.maps["Conv_0"]).max())
+
+
 def test_a_softmax_over_groups_of_classes_is_no_softmax_over_classes() -> None:
     proto = model(
         "c = Conv(x, w) b = Relu(c) p = GlobalAveragePool(b) q = Flatten(p) l = MatMul(q, f) e = Exp(l) "
