@@ -6,12 +6,14 @@ worker turns a step that never ended into "timeout" or "crash". Figures are kept
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from benchmarks.coverage_files import first_line, read_json, write_json
 from benchmarks.coverage_table import ROUNDING, in_float64
 
 ENGINES = ("onnx", "numpy")
+LARGE = 4e8  # bytes of a model from which on sessions are not kept from one step to the next
 COARSE = 5e-4  # of a gradient: what is further from autograd's is looked into
 
 
@@ -67,6 +70,7 @@ class _Explaining:
         with np.load(folder / REFERENCE) as stored:
             self.reference = dict(stored)
         self.target = (read_json(folder / NOTES) or {}).get("target")
+        self.large = sum(f.stat().st_size for f in folder.glob(f"{MODEL}*")) > LARGE
         self.alike = bool(np.ptp(self.reference["logits"]) == 0)
 
     def run(self, engines: Sequence[str]) -> None:
@@ -75,9 +79,10 @@ class _Explaining:
         self.step("check", self.check)
         self.step("layers", self.layers)
         for engine in engines:
-            self.step(f"cam/{engine}", lambda engine=engine: self.cam(engine))
-            self.step(f"lrp/{engine}", lambda engine=engine: self.lrp(engine))
-            self.step(f"gradient/{engine}", lambda engine=engine: self.gradient(engine))
+            for name, work in (("cam", self.cam), ("lrp", self.lrp), ("gradient", self.gradient)):
+                if self.large:
+                    self.fresh()
+                self.step(f"{name}/{engine}", partial(work, engine))
 
     def step(self, name: str, work: Callable[[], dict[str, Any]]) -> bool:
         from onnxcam.errors import OnnxcamError
@@ -111,10 +116,16 @@ class _Explaining:
                 return self.ops[name]
         return None
 
-    def load(self) -> dict[str, Any]:
+    def fresh(self) -> None:
+        """The model anew, without the sessions of the steps before."""
         import onnxcam
 
+        self.model = None
+        gc.collect()
         self.model = onnxcam.load(self.folder / MODEL)
+
+    def load(self) -> dict[str, Any]:
+        self.fresh()
         graph = self.model.canonical(self._size()).graph
         self.ops = {n.name: n.op_type for n in (*self.model.names.raw.nodes, *graph.nodes)}
         return {"nodes": len(graph.nodes), "ops": dict(Counter(n.op_type for n in graph.nodes))}
