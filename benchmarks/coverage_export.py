@@ -252,7 +252,9 @@ def _to_onnx(model: Any, x: np.ndarray, exporter: str, path: Path) -> None:
         elif large:
             scratch = path.with_name("scattered")
             scratch.mkdir(exist_ok=True)
-            torch.onnx.export(model, sample, scratch / "model.onnx", dynamo=False, **names)
+            torch.onnx.export(
+                model, sample, str(scratch / "model.onnx"), dynamo=False, **names
+            )  # a Path is no path to it
             whole = onnx.load(scratch / "model.onnx")
             onnx.save(whole, path, save_as_external_data=True, location="model.onnx.data")
             shutil.rmtree(scratch)

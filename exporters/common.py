@@ -69,8 +69,11 @@ def finish(
     """
     strip_traces(model)
     describe(model, preprocess=preprocess, labels=labels, description=description)
+    try:
+        data = model.SerializeToString(deterministic=True)
+    except Exception as reason:  # protobuf's EncodeError, or ValueError, by version
+        raise ModelError("the model is larger than the 2 GB that one ONNX file holds; not written") from reason
     onnx.checker.check_model(model, full_check=True)
-    data = model.SerializeToString(deterministic=True)
     error = difference(data, sample, expected)
     if not error <= tolerance:
         raise ModelError(f"ONNX Runtime and the framework differ by {error:.1e} (allowed {tolerance:.0e}); not written")

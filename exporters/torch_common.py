@@ -145,7 +145,7 @@ def to_onnx(
             mode = torch.onnx.TrainingMode.PRESERVE if keep_batchnorm else torch.onnx.TrainingMode.EVAL
             axes = None if batch else {"input": {0: "batch"}, "logits": {0: "batch"}}
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "model.onnx")
+                path = str(Path(folder, "model.onnx"))  # above 2 GB, a Path is no path to the exporter
                 torch.onnx.export(
                     model,
                     (traced,),
