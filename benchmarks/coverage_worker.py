@@ -25,6 +25,7 @@ from benchmarks.coverage_table import ROUNDING, in_float64
 
 ENGINES = ("onnx", "numpy")
 LARGE = 4e8  # bytes of a model from which on sessions are not kept from one step to the next
+HUGE = 1.5e9  # bytes from which on float64 does not fit into the memory of this machine
 COARSE = 5e-4  # of a gradient: what is further from autograd's is looked into
 
 
@@ -70,7 +71,7 @@ class _Explaining:
         with np.load(folder / REFERENCE) as stored:
             self.reference = dict(stored)
         self.target = (read_json(folder / NOTES) or {}).get("target")
-        self.large = sum(f.stat().st_size for f in folder.glob(f"{MODEL}*")) > LARGE
+        self.size = sum(f.stat().st_size for f in folder.glob(f"{MODEL}*"))
         self.alike = bool(np.ptp(self.reference["logits"]) == 0)
 
     def run(self, engines: Sequence[str]) -> None:
@@ -80,7 +81,7 @@ class _Explaining:
         self.step("layers", self.layers)
         for engine in engines:
             for name, work in (("cam", self.cam), ("lrp", self.lrp), ("gradient", self.gradient)):
-                if self.large:
+                if self.size > LARGE:
                     self.fresh()
                 self.step(f"{name}/{engine}", partial(work, engine))
 
@@ -185,7 +186,7 @@ class _Explaining:
     def settled(self) -> bool:
         """True where the gradient is autograd's with everything in float64; asked once, when first wanted."""
         steps, asked = self.notes["steps"], self.asked
-        if "float64" not in steps:
+        if "float64" not in steps and self.size < HUGE:
             self.step("float64", self.float64)
         self.asked = asked
         return in_float64(steps)
