@@ -18,6 +18,9 @@ import onnx
 
 from onnxcam.errors import ModelError, UsageError
 from onnxcam.runtime import give_back_memory, onnxruntime
+from onnxcam.weights import take
+
+WHOLE = 1_500_000_000  # bytes of weights up to which a model is handed over in one piece: a message holds 2 GB
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {
@@ -94,7 +97,7 @@ class RuntimeSession:
     """ONNX Runtime on a model whose outputs are the taps.
 
     Args:
-        model: a model as `taps.expose` makes it, its bytes, or its path.
+        model: a model as `taps.expose` makes it, its bytes, or its path; of one above 1.5 GB the weights are taken.
         taps: names for its outputs, in order; by default their own.
         settings: where and how to run.
         bound: copy inputs and outputs by IO binding; by default where the first provider has a memory of its own.
@@ -126,6 +129,10 @@ class RuntimeSession:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
+        if isinstance(model, onnx.ModelProto) and sum(len(t.raw_data) for t in model.graph.initializer) > WHOLE:
+            # More than one message holds: weights go beside it, and out of `model`.
+            taken = {t.name: array for t in model.graph.initializer if (array := take(t)) is not None}
+            weights = {**(weights or {}), **taken}
         if weights:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)

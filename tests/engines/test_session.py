@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from walking import network
 
 from onnxcam import load
 from onnxcam.engines import session as sessions
@@ -163,3 +164,13 @@ def test_an_explanation_says_which_provider_ran_and_which_did_not(engine):
     assert found.options["providers"] == [CPU]
     assert found.options["threads"] == 1
     assert sum(CUDA in warning for warning in found.warnings) == 1
+
+
+def test_weights_that_no_message_holds_go_beside_the_model(monkeypatch):
+    w = np.random.default_rng(0).standard_normal((64, 3, 5, 5)).astype(np.float32)
+    model = network("(float[1,3,8,8] x) => (float y) { y = Conv(x, w) }", w=w)
+    x = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    whole = RuntimeSession(model, ["y"]).run({"x": x})["y"]
+    monkeypatch.setattr(sessions, "WHOLE", 1000)
+    np.testing.assert_array_equal(RuntimeSession(model, ["y"]).run({"x": x})["y"], whole)
+    assert model.ByteSize() < 2000 < w.nbytes
